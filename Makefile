@@ -1,0 +1,31 @@
+# One line of help stands behind each target; `make help` prints them.
+SHELL := /bin/bash
+VENV := .venv/bin
+BOOT := $(or $(PYTHON),python3)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+help: ## show this help
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: ## make .venv with everything the demo and the tests need (PYTHON=... picks the interpreter)
+	@$(BOOT) scripts/setup.py
+
+demo: setup ## train a small text-to-SQL agent on this machine (STEPS=n for a shorter run)
+	@$(VENV)/python examples/text_to_sql/train.py $(if $(STEPS),--steps $(STEPS))
+
+test: ## run everything: environment, lint and types, unit tests, integration tests
+	@$(BOOT) scripts/stages.py test
+
+lint: setup ## check style and types
+	@$(VENV)/ruff check .
+	@$(VENV)/ruff format --check --quiet . || { echo "run: $(VENV)/ruff format ."; exit 1; }
+	@$(VENV)/mypy
+
+bench: setup ## measure the demo
+	@$(VENV)/python benchmarks/demo.py
+
+clean: ## delete the environment, caches and build outputs; runs/ stays
+	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

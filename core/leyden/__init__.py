@@ -1,0 +1,48 @@
+"""Leyden trains the agents people already have: chosen roles, exact tokens, no code change."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from leyden.agents import per_rollout as per_rollout
+    from leyden.context import role as role
+    from leyden.deploy import deploy as deploy
+    from leyden.instrument import instrument as instrument
+    from leyden.instrument import uninstrument as uninstrument
+    from leyden.rewards import NO_REWARD as NO_REWARD
+    from leyden.rewards import emit_event as emit_event
+    from leyden.rewards import emit_message as emit_message
+    from leyden.rewards import emit_reward as emit_reward
+    from leyden.roles import Policy as Policy
+    from leyden.roles import Sampling as Sampling
+    from leyden.trainer import Trainer as Trainer
+
+__version__ = "0.1.0"
+
+HOMES = {
+    "NO_REWARD": "leyden.rewards",
+    "Policy": "leyden.roles",
+    "Sampling": "leyden.roles",
+    "Trainer": "leyden.trainer",
+    "deploy": "leyden.deploy",
+    "emit_event": "leyden.rewards",
+    "emit_message": "leyden.rewards",
+    "emit_reward": "leyden.rewards",
+    "instrument": "leyden.instrument",
+    "per_rollout": "leyden.agents",
+    "role": "leyden.context",
+    "uninstrument": "leyden.instrument",
+}
+"""Public name -> its module, imported on first use: an agent's process should not pay for the trainer."""
+
+__all__ = sorted(HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name in HOMES:
+        return getattr(import_module(HOMES[name]), name)
+    raise AttributeError(f"module 'leyden' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,185 @@
+"""Run one attempt at a rollout in this process: the agent, its deadline, its reward, its failure.
+
+Whatever the agent does ends in an `AttemptResult`; nothing of it is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Executor as ThreadPool
+from dataclasses import dataclass, field
+
+import msgspec
+
+from leyden.agents import PerRollout, call
+from leyden.context import RolloutContext, rollout_scope
+from leyden.errors import DeadlineExceeded, LostContextError, RewardError, RolloutError
+from leyden.interfaces import Agent, AttemptResult, RewardFunction, RolloutSpec
+from leyden.rewards import NO_REWARD, named
+from leyden.spans import Record, Reward, now_ns
+
+CANCEL_GRACE_SECONDS = 2.0
+"""How long a cancelled agent may take to end before it is left behind."""
+
+
+@dataclass
+class _Emitted:
+    """Takes the records of one attempt, and refuses a reward given twice."""
+
+    sink: Callable[[Record], None]
+    keys: dict[tuple[object, ...], float] = field(default_factory=dict)
+    names: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, record: Record) -> None:
+        if isinstance(record, Reward):
+            key = (record.name, record.target_role, record.target_span, record.index)
+            if key in self.keys:
+                raise RewardError(
+                    f"rollout {record.rollout_id!r}: reward {record.name!r} was given twice for the same target and "
+                    f"index ({self.keys[key]!r}, then {record.value!r}); use index= to tell several apart"
+                )
+            self.keys[key] = record.value
+            if record.target_role is None and record.target_span is None:
+                self.names[record.name] = self.names.get(record.name, 0.0) + record.value
+        self.sink(record)
+
+
+async def run_attempt(
+    spec: RolloutSpec,
+    agent: Agent | PerRollout,
+    *,
+    sink: Callable[[Record], None],
+    threads: ThreadPool,
+    reward: RewardFunction | None = None,
+) -> AttemptResult:
+    """Run the agent on `spec.task` and score it.
+
+    Returns:
+        The named rewards (from the return value, the reward function and `emit_reward`), or what went wrong.
+    """
+    emitted = _Emitted(sink)
+    context = RolloutContext(
+        rollout_id=spec.rollout_id,
+        attempt=spec.attempt,
+        mode=spec.mode,
+        sink=emitted,
+        routing=spec.routing,
+        timeout_seconds=spec.timeout_seconds,
+    )
+    job = asyncio.ensure_future(_run(spec, agent, reward, context, emitted, threads))
+    try:
+        done, _ = await asyncio.wait({job}, timeout=spec.timeout_seconds)
+        if not done:
+            await _cancel(job)
+            return _result(spec, context, error=_timeout_text(spec), error_type="TimeoutError", timed_out=True)
+        return job.result()
+    except asyncio.CancelledError:
+        job.cancel()
+        raise
+    finally:
+        context.close()
+
+
+async def _run(
+    spec: RolloutSpec,
+    agent: Agent | PerRollout,
+    reward: RewardFunction | None,
+    context: RolloutContext,
+    emitted: _Emitted,
+    threads: ThreadPool,
+) -> AttemptResult:
+    try:
+        with rollout_scope(context) as root:
+            output = await call(agent, spec.task, threads=threads)
+            score = output if reward is None else await call(reward, spec.task, output, context, threads=threads)
+            found = _record_returned(spec, score, emitted)
+            root.attributes["leyden.rewards"] = dict(emitted.names)
+    except DeadlineExceeded:
+        return _result(spec, context, error=_timeout_text(spec), error_type="TimeoutError", timed_out=True)
+    except asyncio.CancelledError as error:
+        if asyncio.current_task() is not None and asyncio.current_task().cancelling():  # type: ignore[union-attr]
+            raise
+        return _failed(spec, context, error)
+    except Exception as error:
+        return _failed(spec, context, error)
+    return _result(
+        spec,
+        context,
+        rewards=found,
+        no_reward=score is NO_REWARD,
+        output=None if reward is None else jsonable(output),
+    )
+
+
+def _record_returned(spec: RolloutSpec, score: object, emitted: _Emitted) -> dict[str, float] | None:
+    returned = named(score, where=f"rollout {spec.rollout_id!r}")
+    for name, value in (returned or {}).items():
+        emitted(Reward(rollout_id=spec.rollout_id, attempt=spec.attempt, name=name, value=value))
+    if score is NO_REWARD:
+        return None
+    return dict(emitted.names) or None
+
+
+def _failed(spec: RolloutSpec, context: RolloutContext, error: BaseException) -> AttemptResult:
+    ours = context.infrastructure_error or (error if isinstance(error, RolloutError | LostContextError) else None)
+    shown = ours or error
+    return _result(
+        spec,
+        context,
+        error=str(shown),
+        error_type=type(shown).__name__,
+        traceback="".join(traceback.format_exception(shown, limit=-12)),
+        infrastructure=ours is not None,
+    )
+
+
+def _timeout_text(spec: RolloutSpec) -> str:
+    return f"the agent took longer than timeout_seconds={spec.timeout_seconds!r}"
+
+
+def _result(
+    spec: RolloutSpec,
+    context: RolloutContext,
+    *,
+    rewards: dict[str, float] | None = None,
+    no_reward: bool = False,
+    output: object = None,
+    error: str | None = None,
+    error_type: str | None = None,
+    traceback: str | None = None,
+    timed_out: bool = False,
+    infrastructure: bool = False,
+) -> AttemptResult:
+    return AttemptResult(
+        rollout_id=spec.rollout_id,
+        attempt=spec.attempt,
+        rewards=rewards,
+        no_reward=no_reward,
+        output=output,
+        error=error,
+        error_type=error_type,
+        traceback=traceback,
+        timed_out=timed_out,
+        infrastructure=infrastructure,
+        spoken_roles=dict(context.spoken_roles),
+        declared_roles=sorted(context.declared_roles),
+        finished_ns=now_ns(),
+    )
+
+
+async def _cancel(job: asyncio.Future[AttemptResult]) -> None:
+    job.cancel()
+    await asyncio.wait({job}, timeout=CANCEL_GRACE_SECONDS)
+    if job.done() and not job.cancelled():
+        job.exception()  # retrieved, so that asyncio does not report it again
+
+
+def jsonable(value: object) -> object:
+    """Return `value` when it is a JSON value, else its `repr`."""
+    try:
+        msgspec.json.encode(value)
+    except (TypeError, ValueError, msgspec.MsgspecError):
+        return repr(value)
+    return value

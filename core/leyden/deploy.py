@@ -1,0 +1,132 @@
+"""Put trained roles back into the running app: `leyden.deploy("OUT", base_url=...)`.
+
+It routes the exported roles to a server of the trained models and sets the exported prompts. Nothing else of
+Leyden runs: no trainer, no store, no torch. Calls are not recorded, and other roles stay as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import msgspec
+
+from leyden import wire
+from leyden.errors import ConfigurationError
+from leyden.instrument import instrument, is_instrumented, uninstrument
+from leyden.roles import Route, Routing
+
+EXPORT_FILE = "leyden.json"
+
+EXPORT_SCHEMA = 1
+
+
+class ServedPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """One exported policy."""
+
+    model: str
+    """The name under which the server serves it."""
+    version: int
+    roles: list[str] | None
+    """Shell patterns; `None` takes every role."""
+    sampling: dict[str, object] = {}
+    """How it was sampled in training: for the reader. A deployed app keeps its own parameters."""
+    base_sha256: str | None = None
+    """Of the base weights it was trained from."""
+
+
+class Export(msgspec.Struct, frozen=True, kw_only=True):
+    """What `leyden.json` holds."""
+
+    schema: int
+    policies: dict[str, ServedPolicy]
+    prompts: dict[str, str] = {}
+    """Role -> the system prompt that replaces the agent's own."""
+
+
+class Deployment:
+    """Routing that is in force until `close`; a context manager."""
+
+    def __init__(self, export: Export, routing: Routing) -> None:
+        self.export = export
+        self.routing = routing
+        self.is_closed = False
+        self.was_instrumented = is_instrumented()
+        self.had_wire = wire.is_installed()
+        wire.set_default_routing(routing)
+        instrument()
+
+    def close(self) -> None:
+        """Give every role back its own model and prompt. Idempotent."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        wire.set_default_routing(None)
+        if not self.was_instrumented:
+            uninstrument()
+            if self.had_wire:
+                wire.install()
+
+    def __enter__(self) -> Deployment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def deploy(folder: str | Path, base_url: str, *, fallback: bool = False, api_key: str | None = None) -> Deployment:
+    """Send the roles of an export to a server of the trained models, and set their prompts.
+
+    Args:
+        folder: what `leyden export` wrote.
+        base_url: an OpenAI-compatible server of the trained models, such as `http://127.0.0.1:8000/v1`.
+        fallback: when the server cannot be reached, let the app's own model answer.
+        api_key: sent to that server in place of the app's own key.
+
+    Raises:
+        ConfigurationError: the folder holds no readable export, the address is not one, or an export is deployed
+            already.
+    """
+    if not base_url.startswith(("http://", "https://")):
+        raise ConfigurationError(f"base_url {base_url!r} is not an address; write 'http://HOST:PORT/v1'")
+    if wire.default_routing() is not None:
+        raise ConfigurationError("an export is deployed in this process already; close it first")
+    export = read_export(Path(folder))
+    routing = Routing(
+        base_url=base_url.rstrip("/"),
+        token=api_key or "none",
+        routes=tuple(
+            Route(model=policy.model, roles=None if policy.roles is None else tuple(policy.roles))
+            for policy in export.policies.values()
+        ),
+        prompts=export.prompts,
+        fallback=fallback,
+    )
+    return Deployment(export, routing)
+
+
+def read_export(folder: Path) -> Export:
+    """Read `leyden.json`.
+
+    Raises:
+        ConfigurationError: it is missing, malformed, or of a newer schema.
+    """
+    file = folder / EXPORT_FILE
+    try:
+        export = msgspec.json.decode(file.read_bytes(), type=Export)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{str(folder)!r} holds no readable {EXPORT_FILE} ({error.strerror}); write it with "
+            f"'leyden export RUN {folder}'"
+        ) from error
+    except msgspec.MsgspecError as error:
+        raise ConfigurationError(
+            f"{str(file)!r} is not an export: {error}; write it again with 'leyden export'"
+        ) from error
+    if export.schema != EXPORT_SCHEMA:
+        raise ConfigurationError(
+            f"{str(file)!r} has schema {export.schema!r}; this Leyden reads {EXPORT_SCHEMA}: export it again, or upgrade"
+        )
+    return export

@@ -1,0 +1,229 @@
+"""Take a run's policies out: a folder that serves and deploys without trainer, store or torch.
+
+    OUT/leyden.json                what is here: policy -> model name, folder, version, roles, sampling, base hash
+    OUT/prompts.json               role -> system prompt that replaces the agent's own
+    OUT/policies/<name>/           a Hugging Face folder
+    OUT/SERVE.md                   how to serve it and how to call it
+
+One idea: the folder is built beside OUT and renamed, so OUT is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import msgspec
+
+from leyden.errors import ConfigurationError
+from leyden.looping import LoopThread
+from leyden.runfolder import RUN, STORE, checkpoint_folder, read_json, write_json
+from leyden.spans import Resource, new_id
+from leyden.sqlite import SQLiteStore
+
+EXPORT_SCHEMA = 1
+DESCRIPTION = "leyden.json"
+PROMPTS = "prompts.json"
+INSTRUCTIONS = "SERVE.md"
+POLICIES = "policies"
+
+
+class ExportedPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """One policy of an export."""
+
+    model: str
+    """The name it is served under."""
+    folder: str
+    """Its Hugging Face folder, relative to the export."""
+    version: int
+    roles: list[str] | None
+    """Patterns of the roles it speaks for; `None` is every role."""
+    sampling: dict[str, object]
+    """What evaluation replaced of the agent's own sampling; usually nothing."""
+    base_sha256: str | None
+    """Of the weights that training started from."""
+
+
+class Export(msgspec.Struct, frozen=True, kw_only=True):
+    """What `leyden.json` holds."""
+
+    policies: dict[str, ExportedPolicy]
+    prompts: dict[str, str] = {}
+    schema: int = EXPORT_SCHEMA
+
+
+class _Chosen(msgspec.Struct, frozen=True, kw_only=True):
+    """The checkpoint to export."""
+
+    folder: str
+    versions: dict[str, int]
+    prompts: dict[str, str]
+
+
+def export(run_folder: str | os.PathLike[str], out: str | os.PathLike[str], *, step: int | None = None) -> Path:
+    """Write a checkpoint's policies and prompts to `out`, which must be empty or not exist; return it.
+
+    Args:
+        run_folder: of a run that has a checkpoint; it may still be running.
+        out: the folder to make.
+        step: of the checkpoint; default the latest.
+
+    Raises:
+        ConfigurationError: no such run or checkpoint, or `out` is in use.
+    """
+    run, target = Path(run_folder), Path(os.path.abspath(out))
+    record = read_json(run / RUN)
+    _refuse_used(target)
+    chosen = _choose(run, step)
+    policies = cast("dict[str, dict[str, object]]", record.get("policies") or {})
+    partial = target.with_name(f".{target.name}.{new_id()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        found = {
+            name: _copy_policy(name, policy, run / chosen.folder, partial, chosen, record)
+            for name, policy in policies.items()
+            if policy.get("trainable", True)
+        }
+        described = Export(policies=found, prompts=chosen.prompts)
+        write_json(partial / DESCRIPTION, described)
+        write_json(partial / PROMPTS, chosen.prompts)
+        (partial / INSTRUCTIONS).write_text(_instructions(described, target.name))
+        _put_in_place(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Path(out)
+
+
+def _refuse_used(target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigurationError(f"{str(target)!r} exists and is not an empty folder; name another one or remove it")
+
+
+def _put_in_place(partial: Path, target: Path) -> None:
+    try:
+        # An empty folder is replaced; one that was filled meanwhile is refused by the system.
+        os.rename(partial, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            _refuse_used(target)
+        raise ConfigurationError(f"cannot write {str(target)!r}: {error.strerror}") from error
+
+
+def _choose(run: Path, step: int | None) -> _Chosen:
+    if not (run / STORE).is_file():
+        raise ConfigurationError(f"{str(run)!r} holds no run: {STORE} is missing")
+    loop = LoopThread("leyden-export")
+    try:
+        return loop.submit(_read_choice(run, step)).result()
+    finally:
+        loop.close()
+
+
+async def _read_choice(run: Path, step: int | None) -> _Chosen:
+    """Find the checkpoint and the versions it holds.
+
+    Raises:
+        ConfigurationError: there is none, or it was deleted.
+    """
+    async with await SQLiteStore.open(run / STORE, read_only=True) as store:
+        latest, updates, prompts = await asyncio.gather(
+            store.latest_checkpoint(), store.updates(), store.resources(kind="prompt")
+        )
+    if latest is None:
+        raise ConfigurationError(
+            f"{str(run)!r} has no checkpoint yet; wait for one, or train with a smaller checkpoint_every"
+        )
+    folder = latest.folder if step is None else checkpoint_folder(step)
+    if not (run / folder / POLICIES).is_dir():
+        there = sorted(path.name for path in (run / folder).parent.glob("step-*"))
+        raise ConfigurationError(f"{str(run / folder)!r} is not there; checkpoints kept: {', '.join(there) or 'none'}")
+    versions = dict(latest.versions)
+    if step is not None and step != latest.step:
+        versions = {}
+        for update in sorted(updates, key=lambda one: one.version):
+            if update.step <= step:
+                versions[update.policy] = update.version
+    return _Chosen(folder=folder, versions=versions, prompts=_latest_prompts(prompts))
+
+
+def _latest_prompts(prompts: Sequence[Resource]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for prompt in sorted(prompts, key=lambda one: one.version):
+        if prompt.content is not None:
+            found[prompt.name] = prompt.content
+    return found
+
+
+def _copy_policy(
+    name: str, policy: Mapping[str, object], checkpoint: Path, out: Path, chosen: _Chosen, record: Mapping[str, object]
+) -> ExportedPolicy:
+    source, relative = checkpoint / POLICIES / name, f"{POLICIES}/{name}"
+    try:
+        shutil.copytree(source, out / relative)
+    except (OSError, shutil.Error) as error:
+        raise ConfigurationError(f"cannot copy policy {name!r} from {str(source)!r}: {error}") from error
+    sampling = cast("dict[str, object]", policy.get("eval_sampling") or {})
+    return ExportedPolicy(
+        model=name,
+        folder=relative,
+        version=chosen.versions.get(name, 0),
+        roles=cast("list[str] | None", policy.get("roles")),
+        sampling={
+            key: value for key, value in sampling.items() if value is not None and key != "keep_seed"
+        },
+        base_sha256=cast("str | None", record.get("base_sha256")),
+    )
+
+
+def _instructions(described: Export, folder: str) -> str:
+    """Return the text of SERVE.md."""
+    names = list(described.policies)
+    name = names[0] if names else "NAME"
+    rows = [
+        f"| `{one.model}` | {one.version} | "
+        + ("every role" if one.roles is None else ", ".join(f"`{role}`" for role in one.roles))
+        + f" | `{one.folder}` |"
+        for one in described.policies.values()
+    ]
+    vllm = [f"    vllm serve {one.folder} --served-model-name {one.model}" for one in described.policies.values()]
+    return _SERVE.format(folder=folder, name=name, rows="\n".join(rows), vllm="\n".join(vllm))
+
+
+_SERVE = """\
+# Serve these policies
+
+| policy | version | roles | folder |
+|---|--:|---|---|
+{rows}
+
+## Serve
+
+From the folder above this one, on this machine:
+
+    leyden serve {folder} --port 8000
+
+or, as ordinary Hugging Face folders, with any server, from inside this folder:
+
+{vllm}
+
+## Call: two lines, nothing of Leyden
+
+Where the app makes the client of a trained role, give it the server and the model's name:
+
+    llm = ChatOpenAI(
+        base_url="http://127.0.0.1:8000/v1", api_key="none",
+        model="{name}",
+    )
+
+## Call: no line changed in the agents
+
+    import leyden
+    leyden.deploy("{folder}", base_url="http://127.0.0.1:8000/v1")
+
+sends exactly the roles of the table to the server and leaves every other call alone.
+"""

@@ -1,0 +1,110 @@
+"""Open the parts of a trainer, in order, and close them in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from leyden.agents import PerRollout, describe, import_path
+from leyden.executors import InProcessExecutor
+from leyden.interfaces import Agent, Engine, Executor, Gateway, Learner, RewardFunction, Store
+from leyden.measuring import Meter
+from leyden.plugins import Plugins
+from leyden.roles import Policy
+from leyden.rollouts import RolloutRules, RolloutRunner
+from leyden.sqlite import SQLiteStore
+from leyden.workers import WorkerExecutor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """What the parts are made of; the same for every opening."""
+
+    agent: Agent | PerRollout
+    reward: RewardFunction | None
+    policies: Sequence[Policy]
+    engine: Engine
+    learner: Learner
+    plugins: Plugins
+    rules: RolloutRules
+    workers: int
+    concurrency: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The running parts."""
+
+    store: Store
+    engine: Engine
+    gateway: Gateway
+    learner: Learner
+    runner: RolloutRunner
+    executor: Executor
+    meter: Meter
+
+
+@contextlib.asynccontextmanager
+async def opened(blueprint: Blueprint, store_path: Path) -> AsyncIterator[Parts]:
+    """Start store, engine, learner, gateway and executor; afterwards stop all but the engine, which is the user's."""
+    async with contextlib.AsyncExitStack() as stack:
+        store = await SQLiteStore.open(store_path)
+        stack.push_async_callback(store.close)
+        engine, learner = blueprint.engine, blueprint.learner
+        await engine.start(blueprint.policies)
+        await asyncio.to_thread(learner.open, blueprint.policies, engine.model, seed=blueprint.seed)
+        stack.callback(learner.close)
+        meter = Meter(store)
+        gateway: Gateway = blueprint.plugins.get("gateway", "http")()
+        await gateway.start(engine, meter.record)
+        stack.push_async_callback(gateway.stop)
+        executor = choose_executor(blueprint)
+        await executor.start(meter.record)
+        stack.push_async_callback(executor.stop)
+        runner = RolloutRunner(
+            store=store,
+            executor=executor,
+            gateway=gateway,
+            policies=blueprint.policies,
+            rules=blueprint.rules,
+            observer=blueprint.plugins.hook.rollout_finished,
+        )
+        stack.push_async_callback(runner.close)
+        yield Parts(
+            store=store,
+            engine=engine,
+            gateway=gateway,
+            learner=learner,
+            runner=runner,
+            executor=executor,
+            meter=meter,
+        )
+
+
+def choose_executor(blueprint: Blueprint) -> Executor:
+    """Return worker processes where the agent can be imported by name, else this process with a line that says so."""
+    agent, reward = blueprint.agent, blueprint.reward
+    if blueprint.workers > 0:
+        agent_path = import_path(agent)
+        reward_path = None if reward is None else import_path(reward)
+        if agent_path is not None and (reward is None or reward_path is not None):
+            return WorkerExecutor(
+                agent_path,
+                is_factory=isinstance(agent, PerRollout),
+                reward=reward_path,
+                workers=blueprint.workers,
+                concurrency=blueprint.concurrency,
+            )
+        log.warning(
+            "%s cannot be imported by name (a lambda, a closure, a method or a notebook's function), so the agent runs "
+            "in this process; move it to a module for worker processes, or pass workers=0",
+            describe(agent if agent_path is None else reward),
+        )
+    return InProcessExecutor(agent, reward=reward, concurrency=blueprint.concurrency)

@@ -1,0 +1,92 @@
+"""Look before the first step: one group of rollouts tells what would otherwise go wrong silently for hours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from leyden import mdp
+from leyden.errors import EngineError
+from leyden.interfaces import Group, Learner, Transition
+from leyden.roles import Policy, check_roles
+from leyden.rollouts import Tally, refuse_rewardless
+
+MAX_LOGPROB_DIFFERENCE = 0.05
+"""Nats a token; above this engine and learner do not compute the same model."""
+
+
+def preflight(
+    group: Group,
+    *,
+    policies: Sequence[Policy],
+    transitions: Sequence[Transition],
+    learner: Learner,
+    tally: Tally,
+    agent: str,
+    seconds: float,
+    rollouts_to_come: int,
+) -> list[str]:
+    """Check the first group; return lines for the user.
+
+    Args:
+        group: finished rollouts of one task.
+        policies: the run's.
+        transitions: the group's, of all trainable policies.
+        learner: holds the weights that sampled them.
+        tally: what the rollouts so far did.
+        agent: its name, for messages.
+        seconds: how long the group took.
+        rollouts_to_come: in the whole run, at the same speed an upper bound of its time.
+
+    Raises:
+        ConfigurationError: no rollout has a reward.
+        RolloutError: every rollout failed.
+        RoleError: a policy's role does not exist.
+        EngineError: engine and learner disagree on log-probabilities.
+    """
+    rollouts = [one.rollout for one in group.rollouts]
+    refuse_rewardless(rollouts, tally, agent)
+    warnings = check_roles(policies, tally.spoken, tally.declared)
+    lines = [f"roles seen (model calls): {_counts(tally.spoken)}"]
+    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    lines.append(f"rewards of the first group: {', '.join(f'{reward:g}' for reward in rewards) or 'none'}")
+    if len(set(rewards)) < 2:
+        lines.append("note: no spread in this group, so it teaches nothing; fine now and then, not in every group")
+    for policy in policies:
+        own = [transition for transition in transitions if transition.policy == policy.name]
+        if policy.trainable and own:
+            lines.append(_ratio_line(policy, own, learner))
+    lines += sampling_lines(policies)
+    lines.append(f"at most {rollouts_to_come * seconds / max(1, len(rollouts)) / 3600:.2f} h at the pace of this group")
+    if tally.failures:
+        lines.append(f"failures so far: {_counts(tally.failures)}")
+    return lines + [f"warning: {warning}" for warning in warnings]
+
+
+def sampling_lines(policies: Sequence[Policy]) -> list[str]:
+    """Say what replaces the agent's own sampling in training rollouts."""
+    return [
+        f"policy {p.name!r} samples with temperature={p.sampling.temperature}, top_p={p.sampling.top_p}, "
+        f"top_k={p.sampling.top_k} in training; evaluation uses "
+        f"{'the agent’s own values' if p.eval_sampling.temperature is None else p.eval_sampling}"
+        for p in policies
+    ]
+
+
+def _ratio_line(policy: Policy, transitions: Sequence[Transition], learner: Learner) -> str:
+    """Compare recorded with recomputed log-probabilities: before any update the ratio is 1."""
+    worst = 0.0
+    computed = learner.logprobs(policy.name, mdp.rows(mdp.weigh(transitions, "per_rollout"), layout="calls"))
+    for transition, ours in zip(transitions, computed, strict=True):
+        for recorded, recomputed in zip(transition.logprobs, ours, strict=True):
+            worst = max(worst, abs(recorded - recomputed))
+    if worst > MAX_LOGPROB_DIFFERENCE:
+        raise EngineError(
+            f"policy {policy.name!r}: the engine's log-probabilities differ from the learner's by up to {worst:.3g} "
+            f"nats a token (ratio {math.exp(worst):.3g}); they must serve the same weights at the same precision"
+        )
+    return f"policy {policy.name!r}: engine and learner agree, probability ratio within {math.expm1(worst):.1e} of 1"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items())) or "none"

@@ -1,0 +1,170 @@
+"""The summary of a run: `summary.json`, and what sinks and the report show at the end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from leyden.agents import describe
+from leyden.evaluation import Evaluation
+from leyden.interfaces import RolloutRecords
+from leyden.parts import Blueprint
+from leyden.roles import RESERVED_MODEL, Policy, matches
+from leyden.rollouts import Tally
+from leyden.spans import Checkpoint, Kind
+
+EXAMPLES = 3
+
+
+def evaluation_table(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+    """Return reward name -> mean, low, high, n."""
+    return {
+        name: {"mean": e.mean, "low": e.low, "high": e.high, "n": e.n} for name, e in evaluation.estimates().items()
+    }
+
+
+def gain_table(before: Evaluation, after: Evaluation) -> dict[str, dict[str, float]]:
+    """Return reward name -> paired mean difference with its interval."""
+    found = {name: after.gain_over(before, name) for name in after.values}
+    return {name: {"mean": e.mean, "low": e.low, "high": e.high, "n": e.n} for name, e in found.items()}
+
+
+def role_table(records: Sequence[RolloutRecords], policies: Sequence[Policy]) -> dict[str, dict[str, object]]:
+    """Return role -> policy, calls, calls a rollout, mean reward of the rollouts in which it spoke."""
+    calls: dict[str, int] = {}
+    rewards: dict[str, list[float]] = {}
+    for one in records:
+        spoke = [span.role for span in one.spans if span.kind is Kind.MODEL_CALL]
+        for role in spoke:
+            calls[role] = calls.get(role, 0) + 1
+        for role in set(spoke):
+            rewards.setdefault(role, []).append(one.rollout.reward or 0.0)
+    return {
+        role: {
+            "policy": next((p.name for p in policies if matches(p.roles, role)), None),
+            "calls": count,
+            "calls_per_rollout": count / max(1, len(records)),
+            "reward_when_spoken": sum(rewards[role]) / len(rewards[role]),
+        }
+        for role, count in sorted(calls.items())
+    }
+
+
+def example_table(before: Sequence[RolloutRecords], after: Sequence[RolloutRecords]) -> list[dict[str, object]]:
+    """Return up to three held-out tasks, those first whose reward changed most."""
+    old = {one.rollout.task_id: one.rollout for one in before}
+    pairs = [(old[one.rollout.task_id], one.rollout) for one in after if one.rollout.task_id in old]
+    pairs.sort(key=lambda pair: -((pair[1].reward or 0.0) - (pair[0].reward or 0.0)))
+    return [
+        {
+            "task": b.task,
+            "before": {"output": b.output, "reward": b.reward},
+            "after": {"output": a.output, "reward": a.reward},
+        }
+        for b, a in pairs[:EXAMPLES]
+    ]
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions that decide what a run computes."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in (
+        "leyden",
+        "torch",
+        "transformers",
+        "langgraph",
+        "langchain-openai",
+        "langchain-core",
+        "openai",
+    ):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def accuracy_fields(evaluations: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, object]:
+    """Return the flat fields that scripts read: `accuracy_before`, `accuracy_after` and their intervals."""
+    fields: dict[str, object] = {}
+    for when in ("before", "after"):
+        found = evaluations.get(when, {}).get("reward")
+        fields[f"accuracy_{when}"] = None if found is None else found["mean"]
+        fields[f"accuracy_{when}_interval"] = None if found is None else [found["low"], found["high"]]
+    return fields
+
+
+def run_summary(
+    *,
+    folder: Path,
+    checkpoint: Checkpoint | None,
+    step: int,
+    seed: int,
+    policies: Sequence[Policy],
+    evaluations: Mapping[int, Evaluation],
+    before: Sequence[RolloutRecords],
+    after: Sequence[RolloutRecords],
+    tally: Tally,
+) -> dict[str, object]:
+    """Return what a run came to; times and counts are added by the trainer.
+
+    Args:
+        folder: the run's.
+        checkpoint: the latest.
+        step: the last finished one.
+        seed: the run's.
+        policies: the run's.
+        evaluations: by step; 0 is before training.
+        before: evaluation rollouts of step 0.
+        after: evaluation rollouts of the last step.
+        tally: of all rollouts.
+    """
+    tables: dict[str, dict[str, dict[str, float]]] = {}
+    if 0 in evaluations and step in evaluations:
+        tables = {
+            "before": evaluation_table(evaluations[0]),
+            "after": evaluation_table(evaluations[step]),
+            "gain": gain_table(evaluations[0], evaluations[step]),
+        }
+    return {
+        "run_folder": str(folder),
+        "checkpoint": None if checkpoint is None else str(folder / checkpoint.folder),
+        "steps": step,
+        "seed": seed,
+        **accuracy_fields(tables),
+        "evaluations": tables,
+        "roles": role_table(after, policies),
+        "examples": example_table(before, after),
+        "failures": dict(tally.failures),
+        "retries": tally.retries,
+        "rollouts": tally.rollouts,
+        "versions": package_versions(),
+    }
+
+
+def run_record(blueprint: Blueprint, *, algorithm: object) -> dict[str, object]:
+    """Return what a run is made of, for `run.json`."""
+    return {
+        "agent": describe(blueprint.agent),
+        "base_model": str(blueprint.engine.model),
+        "base_sha256": blueprint.engine.sha256(RESERVED_MODEL),
+        "policies": {
+            policy.name: {
+                "roles": None if policy.roles is None else list(policy.roles),
+                "trainable": policy.trainable,
+                "learning_rate": policy.learning_rate,
+                "sampling": policy.sampling,
+                "eval_sampling": policy.eval_sampling,
+            }
+            for policy in blueprint.policies
+        },
+        "algorithm": repr(algorithm),
+        "reward_weights": dict(blueprint.rules.reward_weights),
+        "failure_reward": blueprint.rules.failure_reward,
+        "seed": blueprint.seed,
+        "command": [sys.executable, *sys.orig_argv[1:]],
+        "versions": package_versions(),
+    }

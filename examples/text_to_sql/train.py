@@ -1,0 +1,96 @@
+"""Train the text-to-SQL agent: `writer` and `rewriter` learn together, `checker` stays as it is.
+
+`agent.py` knows nothing of Leyden. Its checker is in no policy, so its calls keep going where OPENAI_BASE_URL
+points: here to the untrained base model, which the same engine serves as an ordinary endpoint.
+
+    python -m examples.text_to_sql.train --steps 40
+"""
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import leyden
+from examples.text_to_sql import questions, reward
+from examples.text_to_sql.agent import CHECKER_MODEL, graph
+from examples.text_to_sql.databases import path
+
+if TYPE_CHECKING:
+    from leyden.interfaces import Algorithm, Engine
+
+MODEL = Path(__file__).parent / "model"
+ROLES = ("writer", "rewriter")
+STEPS = 40
+VALIDATION = 200
+"""Held-out questions (tuning bucket) evaluated before and after."""
+
+
+async def solve(task: dict[str, str]) -> dict[str, str]:
+    """Answer one question; this is the agent, and all it returns is its answer."""
+    state = await graph.ainvoke({"question": task["question"], "database": str(path(task["database"]))})
+    return {"first_sql": state["first_sql"], "sql": state["sql"]}
+
+
+def score(task: dict[str, str], answer: dict[str, str], rollout: object) -> dict[str, float]:
+    """Reward the final query; the first one is measured too, but only `reward` trains."""
+    return {"reward": reward.reward(task, answer["sql"]), "first_query": reward.reward(task, answer["first_sql"])}
+
+
+@contextmanager
+def serving_engine(seed: int) -> Iterator["Engine"]:
+    """Start the engine and serve the untrained model, for roles in no policy, where the app looks for it."""
+    from leyden_plugins.engines.transformers import TransformersEngine
+    from leyden_plugins.gateway import serve
+
+    engine = TransformersEngine(MODEL, seed=seed)
+    with serve(engine, names=[CHECKER_MODEL]) as endpoint:
+        os.environ["OPENAI_BASE_URL"] = endpoint.base_url
+        os.environ["OPENAI_API_KEY"] = endpoint.api_key
+        yield engine
+
+
+def algorithm(seed: int) -> "Algorithm":
+    """Return the demo's algorithm."""
+    from leyden_plugins.algorithms.rl import GRPO
+
+    return GRPO(group_size=8, updates_per_step=2, seed=seed)
+
+
+def trainer(
+    engine: "Engine", algorithm: "Algorithm", *, seed: int, run: Path | None, roles: Sequence[str] = ROLES
+) -> leyden.Trainer:
+    """Return the demo's trainer."""
+    policy = leyden.Policy("sql", roles=roles, learning_rate=8e-4, final_learning_rate_fraction=0.3)
+    return leyden.Trainer(
+        solve,
+        reward=score,
+        tasks=[question.task for question in questions.load("train")],
+        val_tasks=[question.task for question in questions.load("tuning", count=VALIDATION)],
+        tasks_per_step=16,
+        policies=[policy],
+        engine=engine,
+        algorithm=algorithm,
+        run=run,
+        seed=seed,
+    )
+
+
+def main() -> None:
+    """Parse the options and train."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps (default {STEPS})")
+    parser.add_argument("--seed", type=int, default=0, help="of task order and sampling")
+    parser.add_argument("--run", type=Path, default=None, help="folder of this run (default runs/<time>)")
+    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint of --run")
+    options = parser.parse_args()
+    with serving_engine(options.seed) as engine:
+        trainer(engine, algorithm(options.seed), seed=options.seed, run=options.run).fit(
+            options.steps, resume=options.resume
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Register what comes with Leyden. Components are named here, never imported."""
+
+from leyden.hookspecs import Registry, hookimpl, lazy
+
+leyden_api_version = 1
+
+
+@hookimpl
+def leyden_register(registry: Registry) -> None:
+    """Name every built-in component; adding one is adding a line."""
+    registry.framework(
+        "langchain",
+        lazy("leyden_plugins.frameworks.langchain:LangChainAdapter"),
+        summary="LangChain and LangGraph",
+    )
+
+    registry.engine(
+        "transformers",
+        lazy("leyden_plugins.engines.transformers:TransformersEngine"),
+        summary="Transformers in this process, on CPU or GPU",
+    )
+    registry.gateway("http", lazy("leyden_plugins.gateway:HttpGateway"), summary="OpenAI-compatible HTTP on loopback")
+    registry.learner("torch", lazy("leyden_plugins.learners.torch:TorchLearner"), summary="PyTorch in this process")
+
+    registry.algorithm("grpo", lazy("leyden_plugins.algorithms.rl:GRPO"), summary="group-relative policy optimisation")
+    registry.algorithm(
+        "rejection-sampling",
+        lazy("leyden_plugins.algorithms.sft:RejectionSampling"),
+        summary="fine-tuning on the best rollouts",
+    )
+
+    registry.credit("broadcast", lazy("leyden.credit:broadcast"), summary="every call gets the whole return")
+    registry.credit("discounted", lazy("leyden.credit:discounted"), summary="earlier calls get less of it")
+
+    registry.store("sqlite", lazy("leyden.sqlite:SQLiteStore"), summary="one SQLite file in the run's folder")
+    registry.executor(
+        "in-process", lazy("leyden.executors:InProcessExecutor"), summary="rollouts on the trainer's loop"
+    )
+    registry.executor(
+        "workers", lazy("leyden.workers:WorkerExecutor"), summary="rollouts in processes beside the trainer"
+    )
+    registry.dialect(
+        "chat", lazy("leyden_plugins.gateway.dialects.chat:ChatDialect"), summary="OpenAI chat completions"
+    )
+
+    registry.sink(
+        "terminal", lazy("leyden_plugins.observers.terminal:TerminalSink"), summary="progress in the terminal"
+    )
+    registry.sink("jsonl", lazy("leyden_plugins.observers.jsonl:JsonlSink"), summary="metrics.jsonl in the run")
+    registry.sink("report", lazy("leyden_plugins.observers.report:ReportSink"), summary="an HTML report of the run")

@@ -1,0 +1,1 @@
+"""Algorithms: each turns rollouts into better policies or prompts."""

@@ -1,0 +1,261 @@
+"""Sample in this process, with continuous batching, from any Hugging Face causal language model.
+
+One idea: versions of weights are values. `publish` copies tensors and puts the copy under the policy's name; a
+request keeps the copy it began with, so nothing waits for anything.
+One trap: nothing here imports torch before `start`, so that constructing an engine in a script that worker
+processes import again costs them nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+from leyden.errors import ConfigurationError, ContextLengthError, EngineError
+from leyden.interfaces import Generation, GenerationRequest, SamplingParameters, Weights
+from leyden.roles import RESERVED_MODEL, Policy
+
+if TYPE_CHECKING:
+    from leyden_plugins.engines.transformers.backend import Backend
+    from leyden_plugins.engines.transformers.batching import Served
+
+__all__ = ["TransformersEngine"]
+
+
+class TransformersEngine:
+    """Serve `base` and the policies from one process, on CPU or GPU.
+
+    Raises:
+        ConfigurationError: a value that no model could be served with.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        max_batch_size: int = 64,
+        context_length: int | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+        threads: int = 1,
+        seed: int = 0,
+        prefix_cache_tokens: int = 16_384,
+        eos_token_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Remember the options; `start` loads.
+
+        Args:
+            model: a Hugging Face folder or name.
+            max_batch_size: choices decoded together, over all versions.
+            context_length: lower than the model's own limit, or `None` for that.
+            device: as torch names it.
+            dtype: `float32`, `bfloat16` or `float16`.
+            threads: torch threads of the sampling thread.
+            seed: of requests that bring none.
+            prefix_cache_tokens: tokens of prompts whose keys and values are kept; 0 keeps none.
+            eos_token_ids: tokens that end an answer; `None` takes the checkpoint's, an empty sequence none.
+        """
+        if max_batch_size < 1 or threads < 1 or prefix_cache_tokens < 0:
+            raise ConfigurationError(
+                f"max_batch_size={max_batch_size!r} and threads={threads!r} must be at least 1, "
+                f"prefix_cache_tokens={prefix_cache_tokens!r} at least 0"
+            )
+        if context_length is not None and context_length < 2:
+            raise ConfigurationError(f"context_length must be at least 2, got {context_length!r}")
+        self.model = model
+        self.max_batch_size = max_batch_size
+        self.device = device
+        self.dtype = dtype
+        self.threads = threads
+        self.prefix_cache_tokens = prefix_cache_tokens
+        self.eos_token_ids = None if eos_token_ids is None else frozenset(eos_token_ids)
+        self._asked_context_length = context_length
+        self._random = Random(seed)
+        self._weights_ids = itertools.count()
+        self._backend: Backend | None = None
+        self._served: dict[str, tuple[int, Served]] = {}
+        self._published: set[tuple[str, int]] = set()
+        self._tokens_before = 0
+        self._starting = asyncio.Lock()
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens a prompt and its answer may have together; known once started.
+
+        Raises:
+            EngineError: the engine is not started and was given no limit.
+        """
+        if self._backend is not None:
+            return self._backend.context_length
+        if self._asked_context_length is None:
+            raise EngineError("the context length is known once the engine is started; await engine.start([...])")
+        return self._asked_context_length
+
+    @property
+    def tokens_sampled(self) -> int:
+        """Tokens sampled since the engine was made."""
+        return self._tokens_before + (self._backend.batcher.tokens_sampled if self._backend else 0)
+
+    @property
+    def running(self) -> int:
+        """How many choices are in the batch now."""
+        return self._backend.batcher.running if self._backend else 0
+
+    @property
+    def network(self) -> str:
+        """How the model is run: `fused`, `generic` or `row by row`.
+
+        Raises:
+            EngineError: the engine is not started.
+        """
+        return self._started().network_name
+
+    def models(self) -> Sequence[str]:
+        """Return the names served now."""
+        return list(self._served)
+
+    async def start(self, policies: Sequence[Policy]) -> None:
+        """Load the base weights once; serve them as `base` and, as version 0, under each new policy's name.
+
+        Raises:
+            ConfigurationError: the model cannot be loaded, or is shorter than `context_length`.
+        """
+        async with self._starting:
+            if self._backend is None:
+                self._backend = await asyncio.to_thread(self._load)
+                self._served[RESERVED_MODEL] = (0, self._backend.base(next(self._weights_ids)))
+                self._backend.batcher.start()
+            for policy in policies:
+                self._served.setdefault(policy.name, self._served[RESERVED_MODEL])
+
+    def _load(self) -> Backend:
+        from leyden_plugins.engines.transformers.backend import Backend
+
+        return Backend(
+            self.model,
+            max_rows=self.max_batch_size,
+            context_length=self._asked_context_length,
+            device=self.device,
+            dtype=self.dtype,
+            threads=self.threads,
+            prefix_cache_tokens=self.prefix_cache_tokens,
+            eos=self.eos_token_ids,
+        )
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Begin a generation.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for an answer.
+            ConfigurationError: an unknown model, or an option this engine cannot honour.
+            EngineError: the engine is not running.
+        """
+        backend = self._started()
+        if request.model not in self._served:
+            raise ConfigurationError(f"model {request.model!r} is not served; these are: {self.models()!r}")
+        check_sampling(request.sampling)
+        prompt = self._prompt(backend, request)
+        version, served = self._served[request.model]
+        sampling = request.sampling
+        room = backend.context_length - len(prompt)
+        stream, call = backend.open_call(
+            served,
+            prompt,
+            request,
+            limit=room if sampling.max_tokens is None else min(room, sampling.max_tokens),
+            seed=sampling.seed if sampling.seed is not None else self._random.getrandbits(64),
+            loop=asyncio.get_running_loop(),
+        )
+        backend.batcher.submit(call)
+        return Generation(prompt_token_ids=prompt, version=version, deltas=stream)
+
+    def _prompt(self, backend: Backend, request: GenerationRequest) -> tuple[int, ...]:
+        if request.prompt_token_ids is not None:
+            prompt = tuple(request.prompt_token_ids)
+            wrong = next((token for token in prompt if not 0 <= token < backend.vocabulary), None)
+            if wrong is not None:
+                raise ConfigurationError(f"prompt token {wrong!r} is outside 0 to {backend.vocabulary - 1}")
+        else:
+            choice = request.tool_choice
+            if choice not in ("auto", "none"):
+                raise ConfigurationError(
+                    f"tool_choice {choice!r} needs constrained decoding, which this engine lacks; use 'auto' or 'none'"
+                )
+            prompt = backend.chat.prompt(request.messages, () if choice == "none" else request.tools)
+        if not prompt:
+            raise ConfigurationError("the prompt is empty; it needs at least one token")
+        if len(prompt) >= backend.context_length:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)!r} tokens and the context {backend.context_length!r}: "
+                "no room for an answer; shorten the prompt"
+            )
+        return prompt
+
+    async def publish(self, policy: str, version: int, weights: Weights) -> None:
+        """Serve a copy of `weights` for requests that begin after this returns; running ones keep theirs.
+
+        Raises:
+            ConfigurationError: an unknown policy, a version used before, or weights of another model.
+        """
+        backend = self._started()
+        if policy not in self._served or policy == RESERVED_MODEL:
+            raise ConfigurationError(
+                f"cannot publish to {policy!r}; policies: {[name for name in self._served if name != RESERVED_MODEL]!r}"
+            )
+        if version < 1 or (policy, version) in self._published:
+            raise ConfigurationError(
+                f"version {version!r} of {policy!r} was used before; every publication needs a new number"
+            )
+        served = await asyncio.to_thread(backend.snapshot, next(self._weights_ids), weights)
+        self._published.add((policy, version))
+        _, before = self._served[policy]
+        self._served[policy] = (version, served)
+        if all(other is not before for _, other in self._served.values()):
+            backend.batcher.retire(before.weights_id)
+
+    def sha256(self, model: str) -> str:
+        """Return the digest over the tensors served as `model`, under their Hugging Face names.
+
+        Raises:
+            ConfigurationError: no such model.
+        """
+        if model not in self._served:
+            raise ConfigurationError(f"model {model!r} is not served; these are: {self.models()!r}")
+        return self._started().digest(self._served[model][1])
+
+    async def stop(self) -> None:
+        """Free everything; requests in flight end with `EngineError`. Idempotent."""
+        backend, self._backend = self._backend, None
+        self._served.clear()
+        if backend is not None:
+            await asyncio.to_thread(backend.batcher.stop)
+            self._tokens_before += backend.batcher.tokens_sampled
+
+    def _started(self) -> Backend:
+        if self._backend is None:
+            raise EngineError("the engine is not running; await engine.start([...]) first")
+        return self._backend
+
+
+def check_sampling(sampling: SamplingParameters) -> None:
+    """Refuse values that no distribution has.
+
+    Raises:
+        ConfigurationError: names the parameter.
+    """
+    bounds = (
+        ("temperature", sampling.temperature >= 0, "at least 0"),
+        ("top_p", 0 < sampling.top_p <= 1, "in (0, 1]"),
+        ("top_k", sampling.top_k >= 0, "0 (off) or more"),
+        ("min_p", 0 <= sampling.min_p <= 1, "in [0, 1]"),
+        ("n", sampling.n >= 1, "at least 1"),
+        ("max_tokens", sampling.max_tokens is None or sampling.max_tokens >= 1, "at least 1"),
+        ("stop", all(sampling.stop), "strings that are not empty"),
+    )
+    for name, is_right, expected in bounds:
+        if not is_right:
+            raise ConfigurationError(f"{name} must be {expected}, got {getattr(sampling, name)!r}")

@@ -1,0 +1,164 @@
+"""Everything of the engine that needs torch: one loaded model and the thread that samples from it."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+from weakref import ref
+
+from leyden.errors import ConfigurationError
+from leyden.interfaces import GenerationRequest, Weights
+from leyden_plugins.engines.transformers.batching import Answer, Batcher, Call, Served
+from leyden_plugins.engines.transformers.cache import PrefixCache
+from leyden_plugins.engines.transformers.chat import Chat
+from leyden_plugins.engines.transformers.delivery import DeltaStream
+from leyden_plugins.engines.transformers.lane import Lane, SoloLane, WindowLane
+from leyden_plugins.engines.transformers.networks import ModuleNetwork, Network, choose_network
+from leyden_plugins.engines.transformers.text import Codec, TextStream
+from leyden_plugins.torch_models import (
+    FusedNetwork,
+    canonical_tensors,
+    digest,
+    eos_token_ids,
+    load_model,
+    load_tokenizer,
+    read_tensors,
+    vocabulary_of,
+)
+
+
+class Backend:
+    """A loaded model: its tokenizer, its network, its versions of weights and its sampling thread."""
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        max_rows: int,
+        context_length: int | None,
+        device: str,
+        dtype: str,
+        threads: int,
+        prefix_cache_tokens: int,
+        eos: frozenset[int] | None,
+    ) -> None:
+        """Load.
+
+        Raises:
+            ConfigurationError: the model cannot be loaded, or is shorter than `context_length`.
+        """
+        self._model = load_model(model, dtype=dtype, device=device)
+        tokenizer = load_tokenizer(model)
+        self.context_length = limit_of(self._model.config.get_text_config(), context_length, model)
+        self.vocabulary = vocabulary_of(self._model)
+        self.chat = Chat(Codec(tokenizer))
+        tensors = dict(self._model.named_parameters())
+        shared = choose_network(self._model, tensors, self.context_length)
+        self._solo = ModuleNetwork(self._model) if shared is None else None
+        self._network: Network[Any] = shared or ModuleNetwork(self._model)
+        self._cache = PrefixCache(prefix_cache_tokens)
+        self.batcher = Batcher(
+            lane=self._lane,
+            cache=self._cache,
+            chat=self.chat,
+            eos=eos_token_ids(self._model, tokenizer) if eos is None else eos,
+            max_rows=max_rows,
+            threads=threads,
+        )
+
+    @property
+    def network_name(self) -> str:
+        """How the model is run."""
+        if isinstance(self._network, FusedNetwork):
+            return "fused"
+        return "generic" if self._solo is None else "row by row"
+
+    def base(self, weights_id: int) -> Served:
+        """Return the weights the model was loaded with."""
+        tensors = dict(self._model.named_parameters())
+        return Served(weights_id=weights_id, weights=self._network.prepare(tensors))
+
+    def snapshot(self, weights_id: int, weights: Weights) -> Served:
+        """Copy weights from memory or, where there are none, from their folder.
+
+        Raises:
+            ConfigurationError: they are not this model's.
+        """
+        if weights.tensors is None and weights.folder is None:
+            raise ConfigurationError("Weights holds neither tensors nor a folder; give one of them")
+        given = weights.tensors if weights.tensors is not None else read_tensors(Path(str(weights.folder)))
+        return Served(weights_id=weights_id, weights=self._network.prepare(canonical_tensors(self._model, given)))
+
+    def digest(self, served: Served) -> str:
+        """Return the SHA-256 of served tensors under their Hugging Face names."""
+        return digest(self._network.named(served.weights))
+
+    def _lane(self, served: Served) -> Lane[Answer]:
+        if self._solo is not None:
+            return SoloLane(self._solo, served.weights)
+        return WindowLane(self._network, served.weights, served.weights_id, self._cache, self.context_length)
+
+    def open_call(
+        self,
+        served: Served,
+        prompt: tuple[int, ...],
+        request: GenerationRequest,
+        *,
+        limit: int,
+        seed: int,
+        loop: asyncio.AbstractEventLoop,
+    ) -> tuple[DeltaStream, Call]:
+        """Make the call and the stream that its consumer reads."""
+        stream = DeltaStream(loop)
+        parses_tools = bool(request.tools) and request.tool_choice != "none"
+        call = Call(
+            served=served,
+            is_streamed=request.stream,
+            parses_tools=parses_tools,
+            loop=loop,
+            stream=ref(stream),
+            open=request.sampling.n,
+        )
+        call.rows = [
+            Answer(
+                sampling=request.sampling,
+                # A string seed is hashed whole, so that neighbouring seeds and choices do not resemble each other.
+                random=Random(f"{seed}/{index}"),
+                token_ids=[],
+                prompt=prompt,
+                call=call,
+                index=index,
+                limit=limit,
+                text=self._text(request, parses_tools),
+            )
+            for index in range(request.sampling.n)
+        ]
+        stream.abort = partial(self.batcher.abort, call)
+        return stream, call
+
+    def _text(self, request: GenerationRequest, parses_tools: bool) -> TextStream | None:
+        if not request.stream and not request.sampling.stop:
+            return None
+        return TextStream(
+            self.chat.codec,
+            stop=request.sampling.stop,
+            holds=[form.opening for form in self.chat.forms] if parses_tools else (),
+            kept=self.chat.shown if parses_tools else frozenset(),
+        )
+
+
+def limit_of(config: object, asked: int | None, model: str | Path) -> int:
+    """Return the context length.
+
+    Raises:
+        ConfigurationError: `asked` is beyond the model's limit, or neither is known.
+    """
+    most = getattr(config, "max_position_embeddings", None)
+    if asked is None and most is None:
+        raise ConfigurationError(f"{str(model)!r} states no max_position_embeddings; pass context_length=")
+    if asked is not None and most is not None and asked > most:
+        raise ConfigurationError(f"context_length={asked!r} is beyond the {most!r} positions of {str(model)!r}")
+    return int(asked if asked is not None else most)  # type: ignore[arg-type]  # one of them is an int

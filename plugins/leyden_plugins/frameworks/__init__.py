@@ -1,0 +1,1 @@
+"""Adapters: who speaks, in each agent framework."""

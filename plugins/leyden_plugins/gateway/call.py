@@ -1,0 +1,146 @@
+"""One model call from its first byte to its record.
+
+One idea: a call ends once, with one status, and from then on nothing stops or changes it. Whatever cuts it short
+(the client is gone, the rollout is over, time is up) cancels its task through `stop`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+
+from leyden.interfaces import Delta, Generation, GenerationRequest
+from leyden.spans import Choice, Completion, Kind, Record, Span, Status, now_ns
+from leyden_plugins.gateway.access import Caller
+from leyden_plugins.gateway.dialects import Answer, ChoiceSoFar
+from leyden_plugins.gateway.exchange import Disconnected
+from leyden_plugins.gateway.refusal import Refusal
+
+
+class Call:
+    """What is known of a running call."""
+
+    def __init__(self, caller: Caller, task: asyncio.Task[object]) -> None:
+        self.caller = caller
+        self.task = task
+        self.policy = ""
+        """Empty until the request has been understood."""
+        self.request: GenerationRequest | None = None
+        """As it went to the engine."""
+        self.stopped: Refusal | Disconnected | None = None
+        self.ended = False
+        self._start_ns = now_ns()
+        self._first_token_ns = 0
+        self._end_ns = 0
+        self._version = 0
+        self._status = Status.INTERRUPTED
+        self._error: str | None = None
+        self._answer = Answer(
+            answer_id=f"chatcmpl-{caller.span_id}-{caller.http_attempt}",
+            created_seconds=int(time.time()),
+            prompt_token_ids=(),
+            choices=[],
+        )
+
+    def ask(self, request: GenerationRequest) -> None:
+        """Note what goes to the engine."""
+        self.policy = request.model
+        self.request = request
+
+    def begin(self, generation: Generation) -> Answer:
+        """Note that the engine has accepted; return the answer, still empty."""
+        assert self.request is not None
+        self._version = generation.version
+        self._answer.prompt_token_ids = generation.prompt_token_ids
+        self._answer.choices = [ChoiceSoFar() for _ in range(self.request.sampling.n)]
+        return self._answer
+
+    def take(self, delta: Delta) -> None:
+        """Add a piece of the answer."""
+        if not self._first_token_ns and delta.token_ids:
+            self._first_token_ns = now_ns()
+        self._answer.choices[delta.index].take(delta)
+
+    def stop(self, reason: Refusal | Disconnected) -> None:
+        """Cut the call short; does nothing when it has ended or was stopped before."""
+        if not self.ended and self.stopped is None:
+            self.stopped = reason
+            self.task.cancel()
+
+    def end(self, status: Status, error: str | None = None) -> None:
+        """Fix how the call ended; a second end is ignored."""
+        if not self.ended:
+            self.ended = True
+            self._end_ns = now_ns()
+            self._status = status
+            self._error = error
+
+    def records(self) -> list[Record]:
+        """Return the completion, and the span when no adapter writes it."""
+        caller = self.caller
+        completion = Completion(
+            span_id=caller.span_id,
+            http_attempt=caller.http_attempt,
+            rollout_id=caller.access.rollout_id,
+            attempt=caller.access.attempt,
+            role=caller.role,
+            policy=self.policy,
+            version=self._version,
+            prompt_token_ids=list(self._answer.prompt_token_ids),
+            choices=[self._choice(index, choice) for index, choice in enumerate(self._answer.choices)],
+            sampling=dataclasses.asdict(self.request.sampling) if self.request else {},
+            off_distribution=self.request is not None and self.request.sampling.is_off_distribution,
+            status=self._status,
+            delivered=self._status is Status.OK,
+            start_ns=self._start_ns,
+            first_token_ns=self._first_token_ns,
+            end_ns=self._end_ns,
+            error=self._error,
+        )
+        return [completion] if caller.has_span else [self._span(completion), completion]
+
+    def _choice(self, index: int, choice: ChoiceSoFar) -> Choice:
+        unfinished = "error" if self._status is Status.ERROR else "interrupted"
+        reason = choice.finish_reason
+        return Choice(
+            index=index,
+            token_ids=choice.token_ids,
+            logprobs=choice.logprobs,
+            finish_reason=unfinished if reason in (None, "abort") else reason,
+            text="".join(choice.text),
+        )
+
+    def _span(self, completion: Completion) -> Span:
+        attributes: dict[str, object] = {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.request.model": self.policy,
+            "gen_ai.usage.input_tokens": len(completion.prompt_token_ids),
+            "gen_ai.usage.output_tokens": sum(len(choice.token_ids) for choice in completion.choices),
+            "gen_ai.response.finish_reasons": [choice.finish_reason for choice in completion.choices],
+        }
+        if self.request is not None:
+            attributes["gen_ai.input.messages"] = list(self.request.messages)
+            attributes["gen_ai.output.messages"] = [spoken(choice) for choice in self._answer.choices]
+        return Span(
+            span_id=completion.span_id,
+            parent_id=self.caller.parent_id,
+            rollout_id=completion.rollout_id,
+            attempt=completion.attempt,
+            kind=Kind.MODEL_CALL,
+            name=f"chat {self.policy}",
+            role=completion.role,
+            start_ns=completion.start_ns,
+            end_ns=completion.end_ns,
+            status=completion.status,
+            error=completion.error,
+            attributes=attributes,
+        )
+
+
+def spoken(choice: ChoiceSoFar) -> Mapping[str, object]:
+    """Return a choice as a chat message."""
+    message: dict[str, object] = {"role": "assistant", "content": "".join(choice.text)}
+    calls: Sequence[Mapping[str, object]] = choice.tool_calls
+    return message | {"tool_calls": calls} if calls else message

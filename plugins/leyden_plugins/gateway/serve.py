@@ -1,0 +1,211 @@
+"""Serve an engine as an ordinary OpenAI endpoint: no rollouts, no records, no trainer.
+
+One idea: the endpoint has a thread and a loop of its own and calls `engine.generate` there, so it works beside a
+trainer that uses the same engine from another loop, and beside none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from leyden.errors import ConfigurationError
+from leyden.export import DESCRIPTION, POLICIES, Export
+from leyden.interfaces import Access, Engine, Generation, GenerationRequest
+from leyden.looping import LoopThread
+from leyden.plugins import load_plugins
+from leyden.roles import AGENTS_OWN, RESERVED_MODEL
+from leyden_plugins.gateway.access import AccessTable, Admission
+from leyden_plugins.gateway.app import App, Limits
+from leyden_plugins.gateway.dialects.chat import ChatDialect
+from leyden_plugins.gateway.server import HOST, BackgroundServer
+
+ANY_KEY = "not-needed"
+"""What clients that insist on a key may send where none is checked."""
+
+ENGINE = "transformers"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a served engine answers."""
+
+    base_url: str
+    """`http://127.0.0.1:PORT/v1`."""
+    api_key: str
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Served:
+    """What stands behind one model name."""
+
+    engine: Engine
+    model: str
+    """The engine's own name for it."""
+
+
+class ServedModels:
+    """Generates with the engine that a model name stands for."""
+
+    def __init__(self, models: Mapping[str, Served]) -> None:
+        self._models = models
+        decoders = {id(served.engine): getattr(served.engine, "decode", None) for served in models.values()}
+        if len(decoders) == 1:
+            # Spelling single tokens needs to know whose they are; with several engines it is not offered.
+            self.decode = next(iter(decoders.values()))
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Begin a generation; the access has checked the name."""
+        served = self._models[request.model]
+        return await served.engine.generate(replace(request, model=served.model))
+
+
+@contextlib.contextmanager
+def serve(
+    engine: Engine,
+    model: str = RESERVED_MODEL,
+    *,
+    names: Sequence[str] = (),
+    api_key: str | None = None,
+    port: int = 0,
+) -> Iterator[Endpoint]:
+    """Serve one of an engine's models until the block ends; the engine is started if need be, and left running.
+
+    Args:
+        engine: may be in use elsewhere, before and afterwards.
+        model: the engine's own name for it.
+        names: what clients call it; `model` when empty.
+        api_key: what clients must send; `None` lets every process of this machine in.
+        port: 0 takes a free one.
+
+    Raises:
+        ConfigurationError: the port is taken, or the engine cannot start.
+    """
+    with serve_models(
+        {name: Served(engine, model) for name in names or (model,)}, api_key=api_key, port=port
+    ) as endpoint:
+        yield endpoint
+
+
+@contextlib.contextmanager
+def serve_models(
+    models: Mapping[str, Served], *, api_key: str | None = None, port: int = 0, stop_engines: bool = False
+) -> Iterator[Endpoint]:
+    """Serve several models, of one engine or many, under one address.
+
+    Args:
+        models: what clients call a model -> what stands behind it.
+        api_key: what clients must send; `None` lets every process of this machine in.
+        port: 0 takes a free one.
+        stop_engines: stop them at the end, for a caller who uses them for nothing else.
+
+    Raises:
+        ConfigurationError: the port is taken, or an engine cannot start.
+    """
+    admission = Admission(Access(rollout_id="", attempt=0, models=dict.fromkeys(models, AGENTS_OWN)), is_open=True)
+    access = AccessTable(anybody=admission if api_key is None else None)
+    if api_key is not None:
+        access.admit(admission, api_key)
+    app = App(engine=ServedModels(models), access=access, dialects=[ChatDialect()], record=None, limits=Limits())
+    server = BackgroundServer()
+    engines = {id(served.engine): served.engine for served in models.values()}.values()
+
+    async def start() -> None:
+        for engine in engines:
+            await engine.start(())
+        await server.start(app, port)
+
+    async def stop() -> None:
+        await server.stop()
+        for engine in engines if stop_engines else ():
+            await engine.stop()
+
+    with contextlib.ExitStack() as stack:
+        thread = LoopThread("leyden-serve")
+        stack.callback(thread.close)
+        stack.callback(lambda: thread.submit(stop()).result())
+        thread.submit(start()).result()
+        yield Endpoint(f"http://{HOST}:{server.port}/v1", api_key or ANY_KEY, tuple(models))
+
+
+@contextlib.contextmanager
+def serve_folder(
+    folder: Path, *, model_name: str | None = None, api_key: str | None = None, port: int = 0, engine: str = ENGINE
+) -> Iterator[Endpoint]:
+    """Serve a checkpoint folder, or every model of an export, until the block ends.
+
+    Args:
+        folder: an export, a run's checkpoint, or a Hugging Face folder.
+        model_name: what clients call a single checkpoint; its folder's name by default.
+        api_key: what clients must send; `None` lets every process of this machine in.
+        port: 0 takes a free one.
+        engine: an installed engine plugin, which is called with a folder.
+
+    Raises:
+        ConfigurationError: there is no checkpoint in `folder`, or `model_name` is given for several.
+    """
+    folders = model_folders(folder, model_name)
+    make_engine = load_plugins().get("engine", engine)
+    models = {name: Served(make_engine(str(path)), RESERVED_MODEL) for name, path in folders.items()}
+    with serve_models(models, api_key=api_key, port=port, stop_engines=True) as endpoint:
+        yield endpoint
+
+
+def serve_checkpoint(
+    folder: Path, *, model_name: str | None = None, api_key: str | None = None, port: int = 8000, engine: str = ENGINE
+) -> None:
+    """Serve a folder as `serve_folder` does and say where; return on Ctrl-C.
+
+    Raises:
+        ConfigurationError: there is no checkpoint in `folder`, or the port is taken.
+    """
+    with serve_folder(folder, model_name=model_name, api_key=api_key, port=port, engine=engine) as endpoint:
+        key = "any key" if api_key is None else "the key that was given"
+        print(f"serving {', '.join(endpoint.models)} at {endpoint.base_url} ({key}); Ctrl-C stops")
+        with contextlib.suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+def model_folders(folder: Path, model_name: str | None = None) -> dict[str, Path]:
+    """Return the checkpoints in `folder`: what clients call them -> where they lie.
+
+    Raises:
+        ConfigurationError: there is none, or `model_name` is given for several.
+    """
+    if (folder / DESCRIPTION).is_file():
+        found = read_export(folder)
+    elif (folder / "config.json").is_file():
+        found = {folder.resolve().name: folder}
+    else:
+        found = {path.parent.name: path.parent for path in sorted(folder.glob(f"{POLICIES}/*/config.json"))}
+    if not found:
+        raise ConfigurationError(
+            f"{str(folder)!r} holds no model: no {DESCRIPTION}, no config.json and no {POLICIES}; give an export, a "
+            "checkpoint or a Hugging Face folder"
+        )
+    if model_name is None:
+        return found
+    if len(found) > 1:
+        raise ConfigurationError(
+            f"{str(folder)!r} holds several models, {sorted(found)!r}, which keep their names; leave out {model_name!r}"
+        )
+    return {model_name: next(iter(found.values()))}
+
+
+def read_export(folder: Path) -> dict[str, Path]:
+    """Return the models that an export lists.
+
+    Raises:
+        ConfigurationError: its description cannot be read.
+    """
+    try:
+        described = msgspec.json.decode((folder / DESCRIPTION).read_bytes(), type=Export)
+    except msgspec.DecodeError as error:
+        raise ConfigurationError(f"{str(folder / DESCRIPTION)!r} is not an export's: {error}") from error
+    return {policy.model: folder / policy.folder for policy in described.policies.values()}

@@ -1,0 +1,1 @@
+"""Learners: each turns rows into gradients, and gradients into weights."""

@@ -1,0 +1,1 @@
+"""Sinks: the terminal, `metrics.jsonl`, and the report."""

@@ -1,0 +1,293 @@
+"""Show a run in the terminal: one live bar while it goes on, tables when it has ended.
+
+One idea: where nobody watches (a pipe, a log of a build) the bar becomes a plain line every few seconds. One trap:
+what agents wrote is never read as markup and its control characters are spelled out.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+from leyden.extras import extra
+from leyden.show import one_line, printable, task_text
+
+with extra("train"):
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+    from rich.table import Table
+    from rich.text import Text
+
+LINE_SECONDS = 3.0
+"""Least time between two plain lines."""
+PLAIN_WIDTH = 110
+OUTPUT_CHARACTERS = 300
+
+
+class TerminalSink:
+    """Shows progress and, at the end, what came of the run."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or _console()
+        self._is_live = self._console.is_terminal and not self._console.is_jupyter
+        self._progress: Progress | None = None
+        self._total = 0
+        self._status: dict[str, str] = {}
+        self._began: float | None = None
+        self._done = 0
+        """Steps finished by this process."""
+        self._last_line = float("-inf")
+        self._last_phase = ""
+
+    def run_started(self, info: Mapping[str, object]) -> None:
+        """Say what is trained, and start the bar."""
+        self._total = int(cast("int", info.get("total_steps") or 0))
+        self._print(f"run {info.get('run_folder')}: {_plan(info)}")
+        if self._is_live:
+            self._progress = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[status]}", markup=False),
+                console=self._console,
+                transient=True,
+            )
+            self._progress.add_task("starting", total=max(1, self._total), status="")
+            self._progress.start()
+            # A run that dies by an exception must still give the terminal its cursor back.
+            atexit.register(self._stop)
+
+    def notice(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._print(text)
+
+    def progress(self, info: Mapping[str, object]) -> None:
+        """Move the bar."""
+        phase, step = str(info.get("phase", "")), int(cast("int", info.get("step") or 0))
+        done, of = int(cast("int", info.get("done") or 0)), int(cast("int", info.get("of") or 0))
+        if phase != "evaluation" and step and self._began is None:
+            self._began = time.monotonic()
+        pace = info.get("tokens_per_second")
+        if isinstance(pace, int | float):
+            self._status["pace"] = f"{pace:,.0f} tokens/s"
+        what = "held-out evaluation" if phase == "evaluation" else f"step {step}/{self._total}"
+        if self._progress is not None:
+            moved = step if phase == "evaluation" else step - 1 + (done / of if of else 0.0)
+            self._update(f"{what} · {done}/{of} rollouts", completed=max(0.0, moved))
+        elif phase == "evaluation" and self._last_phase != phase:
+            self._print(f"{what} after step {step}: {of} tasks")
+        self._last_phase = phase
+
+    def step_finished(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the step's figures."""
+        self._done += 1
+        for key, name, label in (
+            ("reward", "reward/mean", "reward"),
+            ("accuracy", "evaluation/reward", "held-out"),
+        ):
+            if name in metrics:
+                self._status[key] = f"{label} {metrics[name]:.3f}"
+        if "throughput/tokens_per_second" in metrics:
+            self._status["pace"] = f"{metrics['throughput/tokens_per_second']:,.0f} tokens/s"
+        self._status["left"] = self._time_left(step)
+        if self._progress is not None:
+            self._update(f"step {step}/{self._total}", completed=step)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= LINE_SECONDS or step == self._total:
+            self._last_line = now
+            self._print(f"step {step}/{self._total}  {self._status_text('  ')}")
+
+    def run_finished(self, summary: Mapping[str, object]) -> None:
+        """Print the tables and what to try next."""
+        self._stop()
+        for table in (_evaluations(summary), _roles(summary)):
+            if table is not None:
+                self._console.print(table)
+        for text in (*_examples(summary), *_facts(summary), *_next(summary)):
+            self._console.print(text, soft_wrap=True)
+
+    def _status_text(self, between: str) -> str:
+        shown = [self._status.get(key) for key in ("reward", "accuracy", "pace", "left")]
+        return between.join(text for text in shown if text)
+
+    def _update(self, description: str, *, completed: float) -> None:
+        if self._progress is not None:
+            task = self._progress.task_ids[0]
+            self._progress.update(task, description=description, completed=completed, status=self._status_text(" · "))
+
+    def _time_left(self, step: int) -> str:
+        if self._began is None or self._total <= step:
+            return ""
+        seconds = (time.monotonic() - self._began) / self._done * (self._total - step)
+        return f"{_clock(seconds)} left"
+
+    def _print(self, text: str) -> None:
+        self._console.print(Text(printable(text)), soft_wrap=True)
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+            atexit.unregister(self._stop)
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def _plan(info: Mapping[str, object]) -> str:
+    policies = info.get("policies")
+    roles = (
+        ", ".join(f"{name} ({', '.join(map(str, patterns))})" for name, patterns in policies.items())
+        if isinstance(policies, Mapping)
+        else ""
+    )
+    facts = [
+        f"{info.get('total_steps')} steps of {info.get('tasks_per_step', '?')} tasks x {info.get('group_size', '?')}",
+        f"{info.get('tasks', '?')} tasks, {info.get('val_tasks', 0)} held out",
+        f"policies {roles}" if roles else "",
+    ]
+    return "; ".join(fact for fact in facts if fact)
+
+
+# ---- the end ---------------------------------------------------------------------------------------------------
+
+
+def _evaluations(summary: Mapping[str, object]) -> Table | None:
+    """Return held-out rewards before and after, a row a reward name."""
+    found = _mapping(summary.get("evaluations"))
+    before, after, gain = (_mapping(found.get(when)) for when in ("before", "after", "gain"))
+    if not before and not after:
+        return None
+    table = _table("Held-out, mean with 95 % interval", ("reward", "before", "after", "gain", "tasks"))
+    for name in dict.fromkeys([*before, *after]):
+        last = _mapping(after.get(name) or before.get(name))
+        cells = [interval(_mapping(one.get(name))) for one in (before, after)]
+        table.add_row(*map(_text, (name, *cells, interval(_mapping(gain.get(name)), sign="+"), last.get("n", ""))))
+    return table
+
+
+def interval(estimate: Mapping[str, object], *, sign: str = "") -> str:
+    """Return `mean [low, high]`; a dash for nothing."""
+    mean, low, high = (estimate.get(key) for key in ("mean", "low", "high"))
+    if not isinstance(mean, int | float):
+        return "-"
+    text = f"{mean:{sign}.3f}"
+    if isinstance(low, int | float) and isinstance(high, int | float):
+        text += f" [{low:{sign}.3f}, {high:{sign}.3f}]"
+    return text
+
+
+def _roles(summary: Mapping[str, object]) -> Table | None:
+    roles = _mapping(summary.get("roles"))
+    if not roles:
+        return None
+    header = ("role", "policy", "calls", "calls a rollout", "reward when it spoke")
+    table = _table("By role, in the last held-out evaluation", header)
+    for role, value in roles.items():
+        facts = _mapping(value)
+        numbers = (_number(facts.get("calls_per_rollout"), ".2f"), _number(facts.get("reward_when_spoken"), ".3f"))
+        policy = facts.get("policy") or "none: its own endpoint"
+        table.add_row(*map(_text, (role, policy, facts.get("calls", ""), *numbers)))
+    return table
+
+
+def _examples(summary: Mapping[str, object]) -> list[Text]:
+    found = summary.get("examples")
+    lines: list[Text] = []
+    for example in found if isinstance(found, Sequence) and not isinstance(found, str) else ():
+        facts = _mapping(example)
+        before, after = _mapping(facts.get("before")), _mapping(facts.get("after"))
+        lines.append(Text("\n" + one_line(task_text(facts.get("task")), OUTPUT_CHARACTERS), style="bold"))
+        outputs = differing(before.get("output"), after.get("output"))
+        for when, one, shown in (("before", before, outputs[0]), ("after", after, outputs[1])):
+            reward = _number(one.get("reward"), "g")
+            lines.append(Text(f"  {when:6} reward {reward}  {one_line(shown, OUTPUT_CHARACTERS)}".rstrip()))
+    return lines
+
+
+def differing(before: object, after: object) -> tuple[object, object]:
+    """Return what to show of two outputs: of two mappings only where they differ; nothing for `None`."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        if len(names) == 1:
+            return before.get(names[0], ""), after.get(names[0], "")
+        return {name: before.get(name) for name in names}, {name: after.get(name) for name in names}
+    return ("" if before is None else before), ("" if after is None else after)
+
+
+def _facts(summary: Mapping[str, object]) -> list[Text]:
+    failures = _mapping(summary.get("failures"))
+    by_type = ", ".join(f"{name} {count}" for name, count in sorted(failures.items())) or "none"
+    lines = [f"\nfailures: {by_type}; {summary.get('retries', 0)} attempts made again after infrastructure failures"]
+    counts = [
+        f"{_number(summary.get(key), ',')} {key.replace('_', ' ')}"
+        for key in ("rollouts", "model_calls", "tokens_sampled")
+        if key in summary
+    ]
+    times = [
+        f"{label} {_number(summary.get(key), '.0f')} {unit}"
+        for key, label, unit in (
+            ("train_seconds", "training", "s"),
+            ("train_cpu_seconds", "its CPU time", "s"),
+            ("total_seconds", "all", "s"),
+        )
+        if key in summary
+    ]
+    memory = summary.get("peak_memory_bytes")
+    if isinstance(memory, int | float) and memory:
+        times.append(f"peak memory {memory / 2**30:.2f} GiB")
+    lines += [", ".join(part) for part in (counts, times) if part]
+    return [Text(printable(line)) for line in lines]
+
+
+def _next(summary: Mapping[str, object]) -> list[Text]:
+    run = summary.get("run_folder")
+    if run is None:
+        return []
+    folder = shlex.quote(str(run))
+    rows = [
+        (f"leyden rollouts {folder}", "every rollout"),
+        (f"leyden show {folder} ROLLOUT", "one of them: who said what, token by token with --tokens"),
+    ]
+    if summary.get("checkpoint"):
+        rows.append((f"leyden serve {shlex.quote(str(summary['checkpoint']))}", "the trained model, OpenAI style"))
+        rows.append((f"leyden export {folder} OUT", "a folder for your app"))
+    rows.append((f"leyden report {folder}", f"writes {folder}/report.html again"))
+    width = max(len(command) for command, _ in rows)
+    shown = [f"  {command.ljust(width)}  {what}" for command, what in rows]
+    return [Text(printable(line)) for line in ("\nTry next", *shown)]
+
+
+def _table(title: str, header: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index < 2 and name != "before" else "right")
+    return table
+
+
+def _text(value: object) -> Text:
+    return Text(one_line(value, 60))
+
+
+def _number(value: object, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _clock(seconds: float) -> str:
+    whole = int(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

@@ -1,0 +1,159 @@
+"""A small OpenAI-compatible server whose answers are decided by markers in the prompt, for capture tests.
+
+The truth about a request stands in its messages, so a test can compare it with what the headers claim:
+`rollout=r1 role=planner` anywhere; the last role named in a system message counts. Other markers:
+`call=NAME*2` answers with two tool calls of NAME until a tool message follows; `status=500*2` fails twice;
+`slow=0.5` waits; `cut` ends a stream in the middle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One request as it arrived."""
+
+    path: str
+    headers: dict[str, str]
+    raw: bytes
+    body: dict[str, Any]
+
+    @property
+    def text(self) -> str:
+        return " ".join(flat(message.get("content")) for message in self.body.get("messages", []))
+
+    def marked(self, name: str) -> str | None:
+        """Return the value of the last marker `name=value` in the prompt."""
+        found = re.findall(rf"\b{name}=([\w.*-]+)", self.text)
+        return found[-1] if found else None
+
+    @property
+    def true_role(self) -> str | None:
+        systems = [m for m in self.body.get("messages", []) if m.get("role") in ("system", "developer")]
+        found = re.findall(r"\brole=([\w.-]+)", " ".join(flat(m.get("content")) for m in systems))
+        return found[-1] if found else self.marked("role")
+
+
+def flat(content: object) -> str:
+    if isinstance(content, list):
+        return " ".join(str(part.get("text", "")) for part in content)
+    return str(content or "")
+
+
+class FakeOpenAI:
+    """The server; `seen` holds what arrived, in order."""
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+        self.failures: Counter[str] = Counter()
+        self.held = 0
+        """How many requests to answer with 503 and `Retry-After`."""
+        self.base_url = ""
+
+    async def answer(self, request: Request) -> Response:
+        raw = await request.body()
+        seen = Seen(request.url.path, dict(request.headers), raw, json.loads(raw))
+        if self.held > 0:
+            self.held -= 1
+            return JSONResponse({"error": {"message": "held"}}, 503, headers={"retry-after": "0.05"})
+        self.seen.append(seen)
+        if (slow := seen.marked("slow")) is not None:
+            await asyncio.sleep(float(slow))
+        if (failure := seen.marked("status")) is not None:
+            code, _, times = failure.partition("*")
+            self.failures[seen.text] += 1
+            if self.failures[seen.text] <= int(times or 1):
+                return JSONResponse({"error": {"message": "told to fail", "type": "server_error"}}, int(code))
+        choice = answer_to(seen)
+        if seen.body.get("stream"):
+            return StreamingResponse(events(seen, choice), media_type="text/event-stream")
+        return JSONResponse(completion(seen, choice))
+
+
+def answer_to(seen: Seen) -> dict[str, Any]:
+    """Return the message that the markers ask for."""
+    wanted = seen.marked("call")
+    last_is_tool = seen.body["messages"][-1].get("role") == "tool"
+    offered = [tool["function"] for tool in seen.body.get("tools") or []]
+    if wanted and not last_is_tool:
+        name, _, times = wanted.partition("*")
+        tool = next((each for each in offered if each["name"] == name), None)
+        if tool is not None:
+            argument = next(iter(tool.get("parameters", {}).get("properties", {})), None)
+            arguments = json.dumps({argument: f"rollout={seen.marked('rollout')}"} if argument else {})
+            calls = [
+                {"id": f"call_{index}", "type": "function", "function": {"name": name, "arguments": arguments}}
+                for index in range(int(times or 1))
+            ]
+            return {"role": "assistant", "content": None, "tool_calls": calls}
+    return {"role": "assistant", "content": f"answer to rollout={seen.marked('rollout')} role={seen.true_role}"}
+
+
+def completion(seen: Seen, message: dict[str, Any]) -> dict[str, Any]:
+    reason = "tool_calls" if message.get("tool_calls") else "stop"
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": int(time.time()),
+        "model": seen.body["model"],
+        "choices": [{"index": 0, "message": message, "finish_reason": reason}],
+        "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
+    }
+
+
+async def events(seen: Seen, message: dict[str, Any]) -> AsyncIterator[bytes]:
+    """Yield the answer as server-sent events."""
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": seen.body["model"]}
+
+    def event(delta: dict[str, Any], reason: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        return b"data: " + json.dumps({**head, "choices": [choice]}).encode() + b"\n\n"
+
+    yield event({"role": "assistant", "content": ""})
+    for word in (message.get("content") or "").split():
+        yield event({"content": word + " "})
+        if "cut" in seen.text.split():
+            return
+        await asyncio.sleep(0.001)
+    for index, call in enumerate(message.get("tool_calls") or []):
+        yield event({"tool_calls": [{**call, "index": index}]})
+    yield event({}, "tool_calls" if message.get("tool_calls") else "stop")
+    yield b"data: [DONE]\n\n"
+
+
+@contextmanager
+def serving() -> Iterator[FakeOpenAI]:
+    """Run a server on a free port of 127.0.0.1 for the length of the block."""
+    fake = FakeOpenAI()
+    paths = ("/v1/{rest:path}", "/openai/{rest:path}", "/{rest:path}")
+    app = Starlette(routes=[Route(path, fake.answer, methods=["POST"]) for path in paths])
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    fake.base_url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    try:
+        yield fake
+    finally:
+        server.should_exit = True
+        server.force_exit = True
+        thread.join(5)
