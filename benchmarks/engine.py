@@ -62,7 +62,7 @@ def generate_all(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> in
     """Do the same with `generate`; return the number of tokens."""
     tokens = torch.tensor(prompts)
     with torch.inference_mode():
-        answer = model.generate(
+        answer = model.generate(  # type: ignore[operator]  # a mixin adds it, unseen by PreTrainedModel
             tokens,
             attention_mask=torch.ones_like(tokens),
             do_sample=True,

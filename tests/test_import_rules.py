@@ -16,12 +16,12 @@ ORDER = """
 errors extras redaction
 spans roles context usage looping
 hookspecs plugins interfaces ownership agents tasks
-migrations packing sqlite_file sqlite_ledger sqlite_records sqlite_rollouts sqlite_writer sqlite
+migrations packing codec sqlite_file sqlite_ledger sqlite_records sqlite_rollouts sqlite_writer sqlite
 tokentree credit mdp rewards
-patching wire_calls wire_clients wire instrument
+patching wire_calls wire_clients wire instrumentation
 attempts rollouts executors worker measuring workers
 evaluation parts runfolder session spantree preflight show sinks summary
-trainer deploy __init__ testing
+trainer deployment __init__ testing
 doctor export cli __main__
 """
 CORE_ORDER = tuple(ORDER.split())

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from leyden.agents import per_rollout as per_rollout
     from leyden.context import role as role
-    from leyden.deploy import deploy as deploy
-    from leyden.instrument import instrument as instrument
-    from leyden.instrument import uninstrument as uninstrument
+    from leyden.deployment import deploy as deploy
+    from leyden.instrumentation import instrument as instrument
+    from leyden.instrumentation import uninstrument as uninstrument
     from leyden.rewards import NO_REWARD as NO_REWARD
     from leyden.rewards import emit_event as emit_event
     from leyden.rewards import emit_message as emit_message
@@ -24,14 +24,14 @@ HOMES = {
     "Policy": "leyden.roles",
     "Sampling": "leyden.roles",
     "Trainer": "leyden.trainer",
-    "deploy": "leyden.deploy",
+    "deploy": "leyden.deployment",
     "emit_event": "leyden.rewards",
     "emit_message": "leyden.rewards",
     "emit_reward": "leyden.rewards",
-    "instrument": "leyden.instrument",
+    "instrument": "leyden.instrumentation",
     "per_rollout": "leyden.agents",
     "role": "leyden.context",
-    "uninstrument": "leyden.instrument",
+    "uninstrument": "leyden.instrumentation",
 }
 """Public name -> its module, imported on first use: an agent's process should not pay for the trainer."""
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from leyden.agents import PerRollout
 from leyden.attempts import run_attempt
-from leyden.instrument import instrument
+from leyden.instrumentation import instrument
 from leyden.interfaces import Agent, AttemptResult, RewardFunction, RolloutSpec
 from leyden.spans import Record
 from leyden.usage import Usage

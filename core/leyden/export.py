@@ -173,9 +173,7 @@ def _copy_policy(
         folder=relative,
         version=chosen.versions.get(name, 0),
         roles=cast("list[str] | None", policy.get("roles")),
-        sampling={
-            key: value for key, value in sampling.items() if value is not None and key != "keep_seed"
-        },
+        sampling={key: value for key, value in sampling.items() if value is not None and key != "keep_seed"},
         base_sha256=cast("str | None", record.get("base_sha256")),
     )
 

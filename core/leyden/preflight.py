@@ -40,13 +40,12 @@ def preflight(
 
     Raises:
         ConfigurationError: no rollout has a reward.
-        RolloutError: every rollout failed.
         RoleError: a policy's role does not exist.
         EngineError: engine and learner disagree on log-probabilities.
     """
     rollouts = [one.rollout for one in group.rollouts]
-    refuse_rewardless(rollouts, tally, agent)
-    warnings = check_roles(policies, tally.spoken, tally.declared)
+    refuse_rewardless(rollouts, agent)
+    warnings = check_roles(policies, tally.spoken, tally.declared) if tally.spoken else []
     lines = [f"roles seen (model calls): {_counts(tally.spoken)}"]
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     lines.append(f"rewards of the first group: {', '.join(f'{reward:g}' for reward in rewards) or 'none'}")

@@ -231,19 +231,25 @@ class RolloutRunner:
                 await self._store.renew(sorted(self._leased), owner=self._owner, lease_seconds=LEASE_SECONDS)
 
 
-def refuse_rewardless(rollouts: Sequence[Rollout], tally: Tally, agent: str) -> None:
-    """Stop a run whose first group earned no reward at all.
+def refuse_rewardless(rollouts: Sequence[Rollout], agent: str) -> None:
+    """Stop a run whose first group has no reward at all: a forgotten `return` must not train silently.
 
     Raises:
-        ConfigurationError: every rollout ended without a reward because none was given.
-        RolloutError: every rollout failed.
+        ConfigurationError: names the agent and says what to return.
     """
-    if not rollouts or any(rollout.state is RolloutState.SUCCEEDED for rollout in rollouts):
-        return
-    kinds = Counter(rollout.error_type for rollout in rollouts)
-    if kinds.keys() <= {"NoReward", "RewardError"}:
+    if rollouts and all(rollout.error_type in ("NoReward", "RewardError") for rollout in rollouts):
         raise ConfigurationError(f"no rollout of the first group has a reward: {agent}: {rollouts[0].error}")
-    raise RolloutError(
-        f"all {len(rollouts)} rollouts of the first group failed ({dict(kinds)!r}); the agent is {agent}. "
-        f"The latest failure:\n{tally.last_error}"
-    )
+
+
+def refuse_all_failed(rollouts: Sequence[Rollout], tally: Tally) -> None:
+    """Stop a run in a step in which nothing succeeded: its store and checkpoint let it go on once that is mended.
+
+    Raises:
+        RolloutError: holds the latest failure's traceback.
+    """
+    if rollouts and all(rollout.error_type is not None for rollout in rollouts):
+        kinds = dict(Counter(rollout.error_type for rollout in rollouts))
+        raise RolloutError(
+            f"all {len(rollouts)} rollouts of step {rollouts[0].step} failed: {kinds!r}. The latest failure:\n"
+            f"{tally.last_error}"
+        )

@@ -24,6 +24,7 @@ from leyden.interfaces import (
 )
 from leyden.parts import Parts
 from leyden.roles import Policy
+from leyden.rollouts import refuse_all_failed
 from leyden.runfolder import checkpoint_folder, drop_old_checkpoints
 from leyden.spans import Checkpoint, Mode, Resource, Rollout, Update, new_id, now_ns
 
@@ -99,8 +100,14 @@ class TrainingSession:
             yield step
 
     async def sample(self, step: int, *, group_size: int) -> Sequence[Group]:
-        """Run `group_size` rollouts of each of the step's tasks; stored ones are reused."""
-        return await self.sample_tasks(step, self.tasks_of(step), group_size=group_size)
+        """Run `group_size` rollouts of each of the step's tasks; stored ones are reused.
+
+        Raises:
+            RolloutError: every one of them failed.
+        """
+        groups = await self.sample_tasks(step, self.tasks_of(step), group_size=group_size)
+        refuse_all_failed([one.rollout for group in groups for one in group.rollouts], self._parts.runner.tally)
+        return groups
 
     async def sample_tasks(self, step: int, indices: Sequence[int], *, group_size: int) -> Sequence[Group]:
         """Run `group_size` rollouts of each of these tasks as part of `step`."""

@@ -27,6 +27,7 @@ from leyden.ownership import current_owner
 Synchronous = Literal["normal", "full"]
 """`normal`: a killed process loses nothing, a power cut may lose the last seconds. `full`: neither does."""
 
+_OLDEST_SQLITE = (3, 35, 0)  # the first with RETURNING
 _WAL_BYTES_KEPT = 64 * 2**20
 _FATAL = {
     sqlite3.SQLITE_FULL,
@@ -91,6 +92,11 @@ def open_for_writing(path: Path, synchronous: Synchronous) -> sqlite3.Connection
     Raises:
         StoreError: the file is no store, is damaged, or was written by a newer version.
     """
+    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
+        raise StoreError(
+            f"this Python has SQLite {sqlite3.sqlite_version} and a store needs "
+            f"{'.'.join(map(str, _OLDEST_SQLITE))} or later; use a newer Python build"
+        )
     with translated(path):
         connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
         try:

@@ -258,7 +258,7 @@ class Trainer:
             await asyncio.to_thread(self._learner.load, folder)
             versions.update(checkpoint.versions)
         for policy in self._policies:
-            if policy.trainable and versions[policy.name]:
+            if policy.trainable:
                 await parts.engine.publish(policy.name, versions[policy.name], self._learner.weights(policy.name))
         return versions
 
@@ -305,19 +305,18 @@ class Trainer:
                 runfolder.write_json(self.run_folder / runfolder.RUN, {**self._run_info(steps), **record})
             self._sinks.run_started(self._run_info(steps))
             try:
-                await self._train(session, parts, timing, fresh=checkpoint is None)
+                await self._train(session, parts, timing, resumed=resume)
                 found = await self._finish(session, parts, timing)
             finally:
                 self._session = None
         await asyncio.to_thread(self._sinks.run_finished, found)
         return found
 
-    async def _train(self, session: TrainingSession, parts: Parts, timing: Timing, *, fresh: bool) -> None:
-        if fresh:
+    async def _train(self, session: TrainingSession, parts: Parts, timing: Timing, *, resumed: bool) -> None:
+        if not resumed:
             await self._preflight(session, parts)
-            if self._val_tasks:
-                await session.evaluate(0)
-        elif self._val_tasks and await _is_evaluated(parts.store, 0, len(self._val_tasks)):
+        untrained = session.step == 0
+        if self._val_tasks and (untrained or await _is_evaluated(parts.store, 0, len(self._val_tasks))):
             await session.evaluate(0)
         timing.training_begins(parts.executor.usages())
         await self._algorithm.run(session)

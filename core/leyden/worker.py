@@ -19,7 +19,7 @@ import msgspec
 
 from leyden import agents
 from leyden.attempts import run_attempt
-from leyden.instrument import instrument
+from leyden.instrumentation import instrument
 from leyden.interfaces import AttemptResult, RolloutSpec
 from leyden.spans import Record
 from leyden.usage import Usage, usage

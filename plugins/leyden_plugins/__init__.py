@@ -48,3 +48,10 @@ def leyden_register(registry: Registry) -> None:
     )
     registry.sink("jsonl", lazy("leyden_plugins.observers.jsonl:JsonlSink"), summary="metrics.jsonl in the run")
     registry.sink("report", lazy("leyden_plugins.observers.report:ReportSink"), summary="an HTML report of the run")
+
+    registry.command(
+        "serve", lazy("leyden_plugins.gateway.command:serve_command"), summary="serve an export or a checkpoint"
+    )
+    registry.command(
+        "report", lazy("leyden_plugins.observers.report:report_command"), summary="write a run's report.html again"
+    )

@@ -3,7 +3,7 @@
 The truth about a request stands in its messages, so a test can compare it with what the headers claim:
 `rollout=r1 role=planner` anywhere; the last role named in a system message counts. Other markers:
 `call=NAME*2` answers with two tool calls of NAME until a tool message follows; `status=500*2` fails twice;
-`slow=0.5` waits; `cut` ends a stream in the middle.
+`slow=0.5` waits; `cut` ends a stream in the middle; `gated` holds it after the first word.
 """
 
 from __future__ import annotations
@@ -65,7 +65,16 @@ class FakeOpenAI:
         self.failures: Counter[str] = Counter()
         self.held = 0
         """How many requests to answer with 503 and `Retry-After`."""
+        self.go_on = threading.Event()
+        """Lets a stream with the marker `gated` go on after its first word."""
         self.base_url = ""
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self.seen.clear()
+        self.failures.clear()
+        self.held = 0
+        self.go_on.clear()
 
     async def answer(self, request: Request) -> Response:
         raw = await request.body()
@@ -83,7 +92,7 @@ class FakeOpenAI:
                 return JSONResponse({"error": {"message": "told to fail", "type": "server_error"}}, int(code))
         choice = answer_to(seen)
         if seen.body.get("stream"):
-            return StreamingResponse(events(seen, choice), media_type="text/event-stream")
+            return StreamingResponse(events(seen, choice, self.go_on), media_type="text/event-stream")
         return JSONResponse(completion(seen, choice))
 
 
@@ -118,7 +127,7 @@ def completion(seen: Seen, message: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-async def events(seen: Seen, message: dict[str, Any]) -> AsyncIterator[bytes]:
+async def events(seen: Seen, message: dict[str, Any], go_on: threading.Event) -> AsyncIterator[bytes]:
     """Yield the answer as server-sent events."""
     head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": seen.body["model"]}
 
@@ -131,7 +140,8 @@ async def events(seen: Seen, message: dict[str, Any]) -> AsyncIterator[bytes]:
         yield event({"content": word + " "})
         if "cut" in seen.text.split():
             return
-        await asyncio.sleep(0.001)
+        while "gated" in seen.text.split() and not go_on.is_set():
+            await asyncio.sleep(0.002)
     for index, call in enumerate(message.get("tool_calls") or []):
         yield event({"tool_calls": [{**call, "index": index}]})
     yield event({}, "tool_calls" if message.get("tool_calls") else "stop")

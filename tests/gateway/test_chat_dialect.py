@@ -22,14 +22,16 @@ def read(body: dict[str, object], decode: Any = None) -> Question:
 
 
 def refusal(body: dict[str, object]) -> Refusal:
-    with pytest.raises(Refusal, match=".") as caught:
+    with pytest.raises(Refusal, match=r"\w") as caught:
         read(body)
     assert caught.value.status == 400
     return caught.value
 
 
 def answered(*deltas: Delta, n: int = 1) -> Answer:
-    answer = Answer(answer_id="a", created_seconds=1, prompt_token_ids=[7, 8], choices=[ChoiceSoFar() for _ in range(n)])
+    answer = Answer(
+        answer_id="a", created_seconds=1, prompt_token_ids=[7, 8], choices=[ChoiceSoFar() for _ in range(n)]
+    )
     for delta in deltas:
         answer.choices[delta.index].take(delta)
     return answer
@@ -76,7 +78,7 @@ def test_every_sampling_field_reaches_the_request() -> None:
 
 def test_null_fields_mean_the_same_as_absent_ones() -> None:
     fields = ["temperature", "top_p", "seed", "stop", "n", "tools", "tool_choice", "stream", "logit_bias", "functions"]
-    assert read(ask(**dict.fromkeys(fields))).request == read(ask()).request
+    assert read(ask() | dict.fromkeys(fields)).request == read(ask()).request
 
 
 def test_a_single_stop_string_and_vllms_minus_one_top_k_are_understood() -> None:
@@ -138,7 +140,7 @@ def test_a_wrong_value_is_refused_with_the_field_named(field: str, value: object
     ],
 )
 def test_an_unsupported_field_that_changes_the_answer_is_refused_by_name(field: str, value: object) -> None:
-    found = refusal(ask(**{field: value}))
+    found = refusal(ask() | {field: value})
     assert found.param == field
     assert repr(field) in found.message
 

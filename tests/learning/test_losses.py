@@ -52,7 +52,7 @@ def test_the_gradient_of_a_softmax_bandit_has_its_closed_form() -> None:
     taken = torch.nn.functional.one_hot(actions, 4).double()
     expected = -(weights * advantages)[:, None] / temperature * (taken - policy)
     assert torch.allclose(gradient, expected)
-    assert float(loss) == pytest.approx(-float((weights * advantages).sum()))
+    assert loss.item() == pytest.approx(-float((weights * advantages).sum()))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_the_ratio_is_clipped_only_where_that_lowers_the_gain(
     logprobs = (old + torch.tensor([ratio], dtype=torch.float64).log()).requires_grad_()
     loss = loss_function(CLIP)(tokens(logprobs, old=old, advantages=torch.tensor([advantage], dtype=torch.float64)))
     (gradient,) = torch.autograd.grad(loss, logprobs)
-    assert float(loss) == pytest.approx(-gain)
+    assert loss.item() == pytest.approx(-gain)
     assert float(gradient) == pytest.approx(0.0 if is_cut else -ratio * advantage)
 
 
@@ -81,7 +81,8 @@ def test_the_ratio_is_clipped_only_where_that_lowers_the_gain(
 def test_the_gradient_through_the_model_equals_finite_differences(checkpoint: Path, name: str) -> None:
     model = load_model(checkpoint).double()
     generator = torch.Generator().manual_seed(1)
-    input_ids = torch.randint(0, 24, (3, 8), generator=generator)
+    # Not token 0: padding has a zero embedding, where a normed model is all but discontinuous.
+    input_ids = torch.randint(1, 24, (3, 8), generator=generator)
     index = torch.arange(24).reshape(3, 8)[:, 3:7].flatten()
     targets = input_ids[:, 4:].flatten()
     old = token_logprobs(logits_at(model, input_ids, index), targets, 0.8).detach()
@@ -96,16 +97,20 @@ def test_the_gradient_through_the_model_equals_finite_differences(checkpoint: Pa
         return function(tokens(logprobs, old=old, advantages=advantages, weights=weights))
 
     parameters = list(model.parameters())
-    gradients = torch.autograd.grad(value(), parameters)
-    directions = [torch.randn(one.shape, dtype=torch.float64, generator=generator) for one in parameters]
-    analytic = sum(float((one * way).sum()) for one, way in zip(gradients, directions, strict=True))
-    epsilon, found = 1e-6, []
+    gradient = [one.detach() for one in torch.autograd.grad(value(), parameters)]
+    size = float(torch.cat([one.flatten() for one in gradient]).norm())
+    noise = [torch.randn(one.shape, dtype=torch.float64, generator=generator) for one in parameters]
+    spread = float(torch.cat([one.flatten() for one in noise]).norm())
+    # Half along the gradient, which gives a large slope, half anywhere, which shows what the gradient may lack.
+    direction = [one / size + way / spread for one, way in zip(gradient, noise, strict=True)]
+    slope = sum(float((one * way).sum()) for one, way in zip(gradient, direction, strict=True))
+    epsilon, found = 1e-3, []  # the model's norms are computed in float32 whatever its type, so no smaller
     with torch.no_grad():
         for sign in (1, -2):  # to +epsilon, then from there to -epsilon
-            for parameter, way in zip(parameters, directions, strict=True):
+            for parameter, way in zip(parameters, direction, strict=True):
                 parameter += sign * epsilon * way
             found.append(float(value()))
-    assert (found[0] - found[1]) / (2 * epsilon) == pytest.approx(analytic, rel=1e-5)
+    assert (found[0] - found[1]) / (2 * epsilon) == pytest.approx(slope, rel=1e-4)
 
 
 def test_cross_entropy_is_the_weighted_negative_log_likelihood() -> None:
@@ -193,7 +198,7 @@ def test_one_call_rollouts_give_the_loss_and_gradient_of_trl(
     trl_trainer.loss_type = loss_type
     theirs = trl_trainer._compute_loss(model, trl_inputs(calls))
     theirs.backward()
-    assert ours["loss/loss"] == pytest.approx(float(theirs), rel=1e-5)
+    assert ours["loss/loss"] == pytest.approx(theirs.item(), rel=1e-5)
     for name, parameter in model.named_parameters():
         difference = (our_gradients[name] - parameter.grad).norm() / parameter.grad.norm()
         assert float(difference) < 1e-5, name

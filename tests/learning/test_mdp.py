@@ -148,12 +148,8 @@ def stories(draw: st.DrawFn) -> Story:
     tokens = st.lists(st.integers(0, 2), min_size=1, max_size=4)
     for number in range(draw(st.integers(1, 8))):
         prompt = draw(st.sampled_from(contexts)) + draw(tokens)
-        fates = draw(
-            st.sampled_from(
-                [["good"], ["good"], ["good"], ["good", "good"], ["lost", "good"], ["good", "lost"]]
-                + [["lost"], ["cut"], ["judge"], ["stale"]]
-            )
-        )
+        retried = [["good", "good"], ["lost", "good"], ["good", "lost"]]
+        fates = draw(st.sampled_from([["good"]] * 4 + retried + [["lost"], ["cut"], ["judge"], ["stale"]]))
         counting = max((i for i, fate in enumerate(fates) if fate == "good"), default=None)
         for http_attempt, fate in enumerate(fates):
             answer = draw(tokens)

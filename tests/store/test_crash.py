@@ -31,7 +31,8 @@ from leyden.testing.records import a_completion, a_rollout, a_span
 async def caller(store, number):
     for batch in itertools.count():
         name = f"{{number}}-{{batch}}"
-        await store.add_records([a_span(name=name) for _ in range({SPANS_A_BATCH})] + [a_completion(prompt=range(batch))])
+        spans = [a_span(name=name) for _ in range({SPANS_A_BATCH})]
+        await store.add_records([*spans, a_completion(prompt=range(batch))])
         os.write(1, f"{{name}}\\n".encode())
 
 async def main():
@@ -99,6 +100,11 @@ def test_a_killed_writer_loses_nothing_it_has_acknowledged(tmp_path: Path, seed:
         writer.kill()
         acknowledged = [line.strip() for line in writer.stdout if line.endswith("\n")]
 
+    async def spans_seen_by_a_reader() -> int:
+        async with await SQLiteStore.open(path, read_only=True) as store:
+            [records] = await store.records(["rollout-1"])
+            return len(records.spans)
+
     async def look() -> tuple[Counter[str], list[int], list[str], int]:
         async with await SQLiteStore.open(path) as store:
             reclaimed = list(await store.reclaim())
@@ -110,7 +116,9 @@ def test_a_killed_writer_loses_nothing_it_has_acknowledged(tmp_path: Path, seed:
             return names, [len(p) for p in prompts], reclaimed, started["rollout-1"]
 
     owner = Owner(pid=int(pid), process_start=process_start, boot_id=boot_id())
+    seen = asyncio.run(spans_seen_by_a_reader())
     names, prompts, reclaimed, attempt = asyncio.run(look())
+    assert seen == sum(names.values()), "a reader needs no writer to look at what a killed run has left"
     assert integrity(path) == "ok"
     assert set(acknowledged) <= set(names)
     assert set(names.values()) <= {SPANS_A_BATCH}, "a batch is stored whole or not at all"

@@ -184,17 +184,37 @@ def test_a_store_of_a_newer_version_is_refused(tmp_path: Path, read_only: bool) 
         open_and_close(path, read_only=read_only)
 
 
-def test_a_record_of_a_newer_version_is_refused_when_it_is_read(tmp_path: Path) -> None:
+NEWER = SCHEMA_VERSION + 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [{"type": "span", "schema": NEWER, "renamed_field": 1}, msgspec.to_builtins(a_span(schema=NEWER))],
+    ids=["unreadable", "readable"],
+)
+def test_a_record_of_a_newer_version_is_refused_when_it_is_read(tmp_path: Path, body: object) -> None:
     path = tmp_path / "store.db"
     make_store(path)
-    body = {"type": "span", "schema": SCHEMA_VERSION + 1, "renamed_field": 1}
     edit(path, "UPDATE records SET body = ?", msgspec.msgpack.encode(body))
 
     async def main() -> None:
         async with await SQLiteStore.open(path, read_only=True) as store:
             await store.records(["rollout-1"])
 
-    with pytest.raises(StoreError, match=rf"record 1 .*schema {SCHEMA_VERSION + 1}.*upgrade"):
+    with pytest.raises(StoreError, match=rf"record 1.* schema {NEWER}.*upgrade"):
+        asyncio.run(main())
+
+
+def test_a_rollout_of_a_newer_version_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    make_store(path)
+    edit(path, "UPDATE rollouts SET schema = ?", NEWER)
+
+    async def main() -> None:
+        async with await SQLiteStore.open(path, read_only=True) as store:
+            await store.rollouts()
+
+    with pytest.raises(StoreError, match=rf"rollout 'rollout-1': .* schema {NEWER}.*upgrade"):
         asyncio.run(main())
 
 
@@ -282,3 +302,11 @@ def test_a_migration_runs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_store_says_what_it_is_in_its_header(tmp_path: Path) -> None:
     make_store(tmp_path / "store.db")
     assert (tmp_path / "store.db").read_bytes()[68:72] == APPLICATION_ID.to_bytes(4, "big") == b"LEYD"
+
+
+@pytest.mark.parametrize(("synchronous", "level"), [("normal", 1), ("full", 2)])
+def test_the_store_syncs_as_asked(tmp_path: Path, synchronous: sqlite_file.Synchronous, level: int) -> None:
+    connection = sqlite_file.open_for_writing(tmp_path / "store.db", synchronous)
+    assert connection.execute("PRAGMA synchronous").fetchone() == (level,)
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    connection.close()

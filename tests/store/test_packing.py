@@ -37,11 +37,12 @@ def conversations(draw: st.DrawFn) -> list[Completion]:
     made: list[Completion] = []
     for _ in range(draw(st.integers(1, 8))):
         prompt: list[int] = []
-        if made and draw(YES_OR_NO):
+        goes_on = draw(YES_OR_NO)
+        if made and goes_on:
             base = draw(st.sampled_from(made))
             prompt = list(base.prompt_token_ids)
-            if base.choices and draw(YES_OR_NO):
-                prompt += draw(st.sampled_from(base.choices)).token_ids
+            for choice in draw(st.permutations(base.choices))[: draw(st.integers(0, 1))]:
+                prompt += choice.token_ids
             prompt = prompt[: draw(st.integers(0, len(prompt)))] if draw(YES_OR_NO) else prompt
         prompt += draw(TOKENS)
         choices = []
@@ -149,6 +150,8 @@ def test_a_broken_prefix_costs_what_follows_the_break() -> None:
     packed = packed_by(index, a_completion(prompt=[*prompt[:900], 5, *prompt[901:]]))
     assert packed.shared == 900
     assert len(packed.prompt) == 4 * 100
+    again = packed_by(index, a_completion(prompt=prompt))
+    assert again.shared == 1_000, "the branch that was left can be taken up again"
 
 
 def test_a_token_that_shares_bytes_but_differs_is_not_shared() -> None:

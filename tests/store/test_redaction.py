@@ -75,6 +75,9 @@ def test_keys_of_the_environment_are_taken_out_by_default(tmp_path: Path, monkey
         "SELECT authorization FROM permits WHERE api_key IS NULL",
         "ask-me-anything-about-risk-and-desk-work",
         "a sk-short one",
+        "runs/leyden-text-to-sql-with-a-long-name",
+        "authorization: required before departure",
+        "Basic understanding of SQL",
     ],
 )
 def test_ordinary_text_is_left_alone(text: str) -> None:
@@ -84,8 +87,10 @@ def test_ordinary_text_is_left_alone(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
+        ("authorization: basic dXNlcjpwYXNzd29yZA==", f"authorization: basic {REDACTED}"),
         (f"key={LOOKS_LIKE_A_KEY}!", f"key={REDACTED}!"),
         (f"{BEARER}\n", f"Bearer {REDACTED}\n"),
+        (f"leyden-{'x_-1' * 11}", REDACTED),
         ("hf_abcdefghijklmnopqrstuvwx", REDACTED),
         ("{'api_key': 'abcdefgh12'}", f"{{'api_key': {REDACTED}}}"),
         ("OPENAI_API_KEY=abcdefgh12 python", f"OPENAI_API_KEY={REDACTED} python"),
@@ -107,9 +112,10 @@ def test_whatever_would_be_taken_out_is_suspected_from_its_bytes() -> None:
         LOOKS_LIKE_A_KEY,
         BEARER,
         f"api-key: {NAMED}",
-        f"Authorization={NAMED}",
+        f"'Authorization': '{NAMED}'",
         f"x {EXACT} y",
         "ghp_" + "a" * 30,
+        "leyden-" + "a" * 43,
     ):
         assert redactor.text(text) != text
         assert redactor.suspects(text.encode()), text

@@ -176,7 +176,7 @@ class FakeEngine:
                 text = spoken[: spoken.index(stop)]
                 spoken = text + stop
         calls = "".join(json.dumps(call) for call in answer.tool_calls)
-        ids = [*self.encode(spoken + calls), END_TOKEN]
+        ids = self.encode(spoken + calls) + ([] if answer.error else [END_TOKEN])
         limit = request.sampling.max_tokens
         room = self.context_length - len(self.prompt(request))
         ids, overlong = ids[: min(room, limit or room)], len(ids) > min(room, limit or room)

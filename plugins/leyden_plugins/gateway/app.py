@@ -264,9 +264,6 @@ async def refuse(exchange: Exchange, refusal: Refusal, dialect: Dialect | None) 
     headers: list[tuple[bytes, bytes]] = []
     if refusal.retry_after_seconds is not None:
         headers.append((b"retry-after", str(refusal.retry_after_seconds).encode()))
-    if refusal.status == 413:
-        # The rest of the body is still on its way; reading it all would defeat the limit.
-        headers.append((b"connection", b"close"))
     body = dialect.error(refusal) if dialect else msgspec.json.encode(error_body(refusal))
     await exchange.reply(refusal.status, body, headers=headers)
 

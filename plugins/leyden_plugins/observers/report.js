@@ -42,7 +42,8 @@
     if (!isNumber(ms)) return "–";
     if (ms < 1000) return `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
     if (ms < 60000) return `${(ms / 1000).toFixed(2)} s`;
-    return `${Math.floor(ms / 60000)} min ${Math.round((ms % 60000) / 1000)} s`;
+    const seconds = Math.round(ms / 1000);
+    return `${Math.floor(seconds / 60)} min ${seconds % 60} s`;
   }
   function plain(value) {
     return typeof value === "string" ? value : JSON.stringify(value, null, 1);
@@ -55,10 +56,10 @@
   const after = evaluations.after || {};
   const gain = evaluations.gain || {};
 
-  function tile(label, value, detail, extra) {
-    return el("div", { class: `tile ${extra || ""}` },
+  function tile(label, value, detail) {
+    return el("div", { class: "tile" },
       el("div", { class: "label" }, label), el("div", { class: "value" }, value),
-      detail ? el("div", { class: "detail" }, detail) : null);
+      detail ? el("div", { class: "fine" }, detail) : null);
   }
   function header() {
     const facts = [
@@ -73,7 +74,7 @@
       tiles.append(
         tile("Held-out before", fixed((before[name] || {}).mean), range(before[name], fixed)),
         tile("Held-out after", fixed(after[name].mean), range(after[name], fixed)));
-      if (gain[name]) tiles.append(tile("Gain, paired by task", signed(gain[name].mean), range(gain[name], signed)));
+      if (gain[name]) tiles.append(tile("Gain, paired", signed(gain[name].mean), range(gain[name], signed)));
     }
     const failed = Object.values(summary.failures || {}).reduce((sum, one) => sum + one, 0);
     if (isNumber(summary.rollouts)) {
@@ -137,18 +138,20 @@
 
   // ---- curves --------------------------------------------------------------------------------------------------
 
-  function ticks(low, high, count) {
+  function stepFor(low, high, count) {
     const raw = (high - low) / count || 1;
     const power = 10 ** Math.floor(Math.log10(raw));
-    const step = [1, 2, 5, 10].find((one) => one * power >= raw * 0.999) * power;
+    return [1, 2, 5, 10].find((one) => one * power >= raw * 0.999) * power;
+  }
+  function ticks(low, high, step) {
     const found = [];
-    for (let index = Math.ceil(low / step - 1e-9); index * step <= high + step * 1e-6; index += 1) found.push(index * step);
+    for (let index = Math.ceil(low / step - 1e-6); index * step <= high + step * 1e-6; index += 1) found.push(index * step);
     return found;
   }
   function chart(spec, isFirst) {
     const width = isFirst ? 1100 : 400;
     const height = isFirst ? 300 : 210;
-    const left = 58, right = 14, top = 12, bottom = 38;
+    const left = isFirst ? 58 : 66, right = 14, top = 12, bottom = 38;
     const series = spec.series.map((one, index) => ({ ...one, index, points: one.points.filter((point) => isNumber(point[1])) }))
       .filter((one) => one.points.length);
     if (!series.length) return null;
@@ -157,8 +160,10 @@
     let low = Math.min(...ys), high = Math.max(...ys);
     if (low >= 0 && low < (high - low) * 1.5) low = 0;
     if (low === high) { low -= Math.abs(low) * 0.1 || 0.5; high += Math.abs(high) * 0.1 || 0.5; }
-    const marks = ticks(low, high, isFirst ? 5 : 4);
-    low = Math.min(low, marks[0]); high = Math.max(high + (high - low) * 0.04, marks[marks.length - 1]);
+    const rise = stepFor(low, high, isFirst ? 6 : 5);
+    low = Math.floor(low / rise + 1e-6) * rise;
+    high = Math.ceil(high / rise - 1e-6) * rise;
+    const marks = ticks(low, high, rise);
     const x0 = xs[0], x1 = xs[xs.length - 1];
     const x = (step) => (x0 === x1 ? (left + width - right) / 2 : left + ((step - x0) / (x1 - x0)) * (width - left - right));
     const y = (value) => top + (1 - (value - low) / (high - low)) * (height - top - bottom);
@@ -169,7 +174,7 @@
         svg("text", { x: left - 7, y: y(mark) + 4, "text-anchor": "end" }, compact(mark)));
     }
     picture.append(svg("line", { class: "axis", x1: left, x2: width - right, y1: height - bottom, y2: height - bottom }));
-    for (const mark of ticks(x0, x1, isFirst ? 12 : 6).filter(Number.isInteger)) {
+    for (const mark of ticks(x0, x1, Math.max(1, stepFor(x0, x1, isFirst ? 12 : 6)))) {
       picture.append(svg("text", { x: x(mark), y: height - bottom + 15, "text-anchor": "middle" }, String(mark)));
     }
     picture.append(svg("text", { x: (left + width - right) / 2, y: height - 5, "text-anchor": "middle" }, "step"),
@@ -249,9 +254,9 @@
     section("Curves", "By training step. Point at a chart, or focus it and use the arrow keys, for the values; bars on points are 95 % intervals.");
     const main = data.charts.filter((one) => !one.is_extra);
     const rest = data.charts.filter((one) => one.is_extra);
-    page.append(el("div", { class: "charts" }, main.map((one, index) => chart(one, index === 0))));
+    page.append(el("div", { class: "charts" }, main.map((one, index) => chart(one, index === 0 && page.clientWidth > 700))));
     if (rest.length) {
-      page.append(el("details", { class: "more" }, el("summary", null, `${rest.length} more metrics`),
+      page.append(el("details", { class: "more" }, el("summary", null, `${rest.length} more ${rest.length === 1 ? "metric" : "metrics"}`),
         el("div", { class: "charts" }, rest.map((one) => chart(one, false)))));
     }
   }
@@ -423,7 +428,7 @@
     if (span.prompt && span.prompt.length) {
       const last = span.prompt[span.prompt.length - 1];
       if (span.prompt.length > 1) {
-        box.append(el("details", null, el("summary", null, `${span.prompt.length - 1} earlier messages of the prompt`),
+        box.append(el("details", null, el("summary", null, `earlier in the prompt: ${span.prompt.length - 1}`),
           span.prompt.slice(0, -1).map((one) => message(one, false))));
       }
       box.append(message(last, false));

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -27,6 +27,8 @@ LONGEST_TEXT = 4_000
 TRAINING_ROLLOUTS_A_STEP = 4
 CHUNK = 50
 """Rollouts read from the store at a time."""
+MISFITS = 5
+"""Rollouts that do not fit before the rest is left out."""
 
 
 class Texts:
@@ -45,9 +47,20 @@ class Texts:
         if text not in self._numbers:
             self._numbers[text] = len(self.texts)
             self.texts.append(text)
-            # Each `<` and `&` is written as six characters in the page.
-            self.bytes += len(text.encode()) + 5 * (text.count("<") + text.count("&") + text.count(">")) + 3
+            self.bytes += _page_bytes(text)
         return self._numbers[text]
+
+    def cut(self, count: int) -> None:
+        """Forget all but the first `count` texts."""
+        for text in self.texts[count:]:
+            del self._numbers[text]
+            self.bytes -= _page_bytes(text)
+        del self.texts[count:]
+
+
+def _page_bytes(text: str) -> int:
+    """Estimate what a text takes in the page, where each of `<`, `>` and `&` is written as six characters."""
+    return len(text.encode()) + 5 * sum(map(text.count, "<>&")) + 3
 
 
 async def report_data(run_folder: Path, summary: Mapping[str, object] | None = None) -> dict[str, object]:
@@ -86,9 +99,7 @@ async def report_data(run_folder: Path, summary: Mapping[str, object] | None = N
 def charts(metrics: Mapping[int, Mapping[str, float]], summary: Mapping[str, object]) -> list[dict[str, object]]:
     """Return the charts that have points, then one for each metric of no chart."""
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
-    points = {
-        name: [[step, values[name]] for step, values in metrics.items() if name in values] for name in names
-    }
+    points = {name: [[step, values[name]] for step, values in metrics.items() if name in values] for name in names}
     held_out = _held_out(summary, last_step=max(metrics, default=0))
     for name, ends in held_out.items():
         known = {point[0] for point in ends}
@@ -139,19 +150,33 @@ def _held_out(summary: Mapping[str, object], *, last_step: int) -> dict[str, lis
 
 
 async def _rollouts(store: Store, every: Sequence[Rollout], texts: Texts) -> list[dict[str, object]]:
-    """Return the chosen rollouts until the bytes are spent, in the order in which they were added."""
-    place = {rollout.rollout_id: index for index, rollout in enumerate(every)}
-    chosen = choose(every)
-    found: list[dict[str, object]] = []
-    spent = 0
-    for start in range(0, len(chosen), CHUNK):
-        for records in await store.records(chosen[start : start + CHUNK]):
-            one = rollout_view(records, texts)
-            spent += len(msgspec.json.encode(one))
-            if spent + texts.bytes > ROLLOUT_BYTES:
-                return sorted(found, key=lambda view: place[str(view["id"])])
-            found.append(one)
-    return sorted(found, key=lambda view: place[str(view["id"])])
+    """Return the chosen rollouts that fit: late steps first, evaluations before training."""
+    place = {
+        rollout.rollout_id: (-rollout.step, rollout.mode is not Mode.EVALUATE, index)
+        for index, rollout in enumerate(every)
+    }
+    found: dict[str, dict[str, object]] = {}
+    spent = misfits = 0
+    async for records in _read(store, choose(every)):
+        known = len(texts.texts)
+        one = rollout_view(records, texts)
+        size = len(msgspec.json.encode(one))
+        if spent + size + texts.bytes <= ROLLOUT_BYTES:
+            spent += size
+            found[records.rollout.rollout_id] = one
+            continue
+        # One huge rollout must not keep out the others, nor make us read the whole store.
+        texts.cut(known)
+        misfits += 1
+        if misfits == MISFITS:
+            break
+    return [found[rollout_id] for rollout_id in sorted(found, key=lambda one: place[one])]
+
+
+async def _read(store: Store, rollout_ids: Sequence[str]) -> AsyncIterator[RolloutRecords]:
+    for start in range(0, len(rollout_ids), CHUNK):
+        for records in await store.records(rollout_ids[start : start + CHUNK]):
+            yield records
 
 
 def choose(every: Sequence[Rollout]) -> list[str]:

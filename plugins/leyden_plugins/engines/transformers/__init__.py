@@ -78,7 +78,6 @@ class TransformersEngine:
         self._weights_ids = itertools.count()
         self._backend: Backend | None = None
         self._served: dict[str, tuple[int, Served]] = {}
-        self._published: set[tuple[str, int]] = set()
         self._tokens_before = 0
         self._starting = asyncio.Lock()
 
@@ -198,20 +197,17 @@ class TransformersEngine:
     async def publish(self, policy: str, version: int, weights: Weights) -> None:
         """Serve a copy of `weights` for requests that begin after this returns; running ones keep theirs.
 
+        The number is the caller's, who never reuses one; caches are keyed by the copy, so that none could mix.
+
         Raises:
-            ConfigurationError: an unknown policy, a version used before, or weights of another model.
+            ConfigurationError: an unknown policy, or weights of another model.
         """
         backend = self._started()
         if policy not in self._served or policy == RESERVED_MODEL:
             raise ConfigurationError(
                 f"cannot publish to {policy!r}; policies: {[name for name in self._served if name != RESERVED_MODEL]!r}"
             )
-        if version < 1 or (policy, version) in self._published:
-            raise ConfigurationError(
-                f"version {version!r} of {policy!r} was used before; every publication needs a new number"
-            )
         served = await asyncio.to_thread(backend.snapshot, next(self._weights_ids), weights)
-        self._published.add((policy, version))
         _, before = self._served[policy]
         self._served[policy] = (version, served)
         if all(other is not before for _, other in self._served.values()):

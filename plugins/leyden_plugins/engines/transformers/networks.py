@@ -23,6 +23,9 @@ with extra("train"):
 
 W = TypeVar("W")
 
+CHECKED_TOKENS = 24
+"""How long the rows are on which a network is compared with its model."""
+
 
 class Network(Protocol[W]):
     """Forward passes for any number of weights; `FusedNetwork` states the arguments."""
@@ -160,7 +163,7 @@ def choose_network(
 ) -> FusedNetwork | ModuleNetwork | None:
     """Return the fastest network that agrees with the model's own forward pass; `None`: only row by row does."""
     if FusedNetwork.supports(model):
-        fused = FusedNetwork(model, context_length)
+        fused = FusedNetwork(model, max(context_length, CHECKED_TOKENS))
         if agrees(fused, fused.prepare(tensors), model):
             return fused
     generic = ModuleNetwork(model)
@@ -180,7 +183,7 @@ def agrees(network: Network[W], weights: W, model: PreTrainedModel) -> bool:
 
     The tolerance is 1e-4 of the largest logit in float32, and 5 % where the type itself is coarse.
     """
-    longest = 24
+    longest = CHECKED_TOKENS
     generator = torch.Generator().manual_seed(0)
     vocabulary = vocabulary_of(model)
     tokens = torch.randint(0, vocabulary, (2, longest), generator=generator).to(network.device)

@@ -96,12 +96,10 @@ class TextStream:
     def _append(self, piece: str) -> None:
         start = len(self.text)
         self.text += piece
-        for stop in self.stop:
-            found = self.text.find(stop, max(0, start - len(stop) + 1))
-            if found >= 0:
-                # Cut at once: another stop string counts only where it begins before this one.
-                self.text = self.text[:found]
-                self.is_stopped = True
+        found = [self.text.find(stop, max(0, start - len(stop) + 1)) for stop in self.stop]
+        if any(place >= 0 for place in found):
+            self.text = self.text[: min(place for place in found if place >= 0)]
+            self.is_stopped = True
 
     def _certain(self) -> int:
         if self.is_stopped:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from leyden_plugins.gateway.dialects.sampling import wrong
 from leyden_plugins.gateway.refusal import Refusal
 
-ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+ROLES = ("assistant", "developer", "system", "tool", "user")
 
 IGNORED = frozenset({"annotations", "parsed", "token_ids", "index"})
 """Keys that clients send back with an assistant's message and that no model reads."""
@@ -33,7 +33,7 @@ def read_message(value: object, where: str) -> Mapping[str, object]:
         raise wrong(where, value, "an object with role and content")
     role = value.get("role")
     if role not in ROLES:
-        raise wrong(f"{where}.role", role, f"one of {', '.join(sorted(ROLES))}")
+        raise wrong(f"{where}.role", role, f"one of {', '.join(ROLES)}")
     message: dict[str, object] = {"role": "system" if role == "developer" else role}
     calls = read_tool_calls(value.get("tool_calls"), f"{where}.tool_calls")
     message["content"] = read_content(value.get("content"), f"{where}.content", may_lack=role == "assistant")

@@ -13,7 +13,7 @@ import msgspec
 
 from leyden import wire
 from leyden.errors import ConfigurationError
-from leyden.instrument import instrument, is_instrumented, uninstrument
+from leyden.instrumentation import instrument, is_instrumented, uninstrument
 from leyden.roles import Route, Routing
 
 EXPORT_FILE = "leyden.json"

@@ -1,0 +1,153 @@
+"""What the terminal shows while a run goes on and when it has ended."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from leyden_plugins.observers import terminal
+from leyden_plugins.observers.terminal import TerminalSink, differing, interval
+from tests.watching.fake_run import summary
+
+INFO = {
+    "run_folder": "runs/sql",
+    "total_steps": 3,
+    "tasks": 100,
+    "val_tasks": 20,
+    "tasks_per_step": 16,
+    "group_size": 8,
+    "policies": {"sql": ["writer", "rewriter"]},
+}
+METRICS = {"reward/mean": 0.5, "evaluation/reward": 0.625, "throughput/tokens_per_second": 1234.5}
+
+
+def plain() -> tuple[TerminalSink, io.StringIO]:
+    out = io.StringIO()
+    return TerminalSink(Console(file=out, width=120, highlight=False)), out
+
+
+def live() -> tuple[TerminalSink, io.StringIO]:
+    out = io.StringIO()
+    return TerminalSink(Console(file=out, width=120, highlight=False, force_terminal=True)), out
+
+
+def go_through(sink: TerminalSink) -> None:
+    sink.run_started(INFO)
+    sink.notice("roles seen (model calls): writer 8")
+    for step in (1, 2, 3):
+        for done in (1, 64, 128):
+            sink.progress(
+                {
+                    "phase": "rollouts",
+                    "step": step,
+                    "total_steps": 3,
+                    "done": done,
+                    "of": 128,
+                    "tokens_per_second": 900.0,
+                }
+            )
+        sink.step_finished(step, METRICS)
+
+
+def test_without_a_terminal_steps_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
+    sink, out = plain()
+    go_through(sink)
+    lines = out.getvalue().splitlines()
+    assert "\x1b" not in out.getvalue() and "\r" not in out.getvalue()
+    assert lines[0] == (
+        "run runs/sql: 3 steps of 16 tasks x 8; 100 tasks, 20 held out; policies sql (writer, rewriter)"
+    )
+    assert lines[1] == "roles seen (model calls): writer 8"
+    assert lines[2].startswith("step 1/3  reward 0.500  held-out 0.625  1,234 tokens/s  0:0")
+    assert lines[2].endswith("left")
+    assert lines[4] == "step 3/3  reward 0.500  held-out 0.625  1,234 tokens/s"
+
+
+def test_plain_lines_come_at_most_every_few_seconds_but_the_last_step_always() -> None:
+    sink, out = plain()
+    go_through(sink)
+    assert [line for line in out.getvalue().splitlines() if line.startswith("step")] == [
+        line for line in out.getvalue().splitlines() if line.startswith(("step 1/3", "step 3/3"))
+    ]
+
+
+def test_an_evaluation_is_announced_once() -> None:
+    sink, out = plain()
+    sink.run_started(INFO)
+    for done in range(1, 21):
+        sink.progress({"phase": "evaluation", "step": 0, "total_steps": 3, "done": done, "of": 20})
+    assert out.getvalue().count("held-out evaluation after step 0: 20 tasks") == 1
+
+
+def test_a_terminal_shows_one_live_bar_with_the_figures_and_gets_its_cursor_back() -> None:
+    sink, out = live()
+    go_through(sink)
+    sink.run_finished(summary(Path("runs/sql"), 3))
+    shown = out.getvalue()
+    assert "step 3/3" in shown
+    assert "reward 0.500 · held-out 0.625 · 1,234 tokens/s" in shown
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1
+
+
+def test_at_the_end_stand_intervals_roles_examples_failures_and_what_to_try_next() -> None:
+    sink, out = plain()
+    sink.run_finished(summary(Path("runs/sql"), 3))
+    shown = " ".join(out.getvalue().split())
+    assert "reward 0.520 [0.440, 0.590] 0.910 [0.830, 0.980] +0.390 [+0.310, +0.460] 60" in shown
+    assert "first_query 0.410 [0.330, 0.480] 0.860 [0.780, 0.930]" in shown
+    assert "writer sql 60 1.00 0.910" in shown
+    assert "checker none: its own endpoint 71 1.18 0.900" in shown
+    assert "Which cities have more than a million people?" in shown
+    assert "before reward 0 SELECT name, population FROM city WHERE after reward 1 SELECT name" in shown
+    assert "failures: TimeoutError 1, ToolError 4; 1 attempts" in shown
+    assert "5,120 rollouts, 12,345 model calls, 480,000 tokens sampled" in shown
+    for command in (
+        "leyden rollouts runs/sql",
+        "leyden show runs/sql ROLLOUT",
+        "leyden serve runs/sql/checkpoints/step-000003",
+        "leyden export runs/sql OUT",
+        "runs/sql/report.html",
+    ):
+        assert command in shown
+
+
+def test_text_of_an_agent_is_neither_markup_nor_control() -> None:
+    sink, out = live()
+    evil = "[bold red]x[/] [link=http://evil]y[/link] \x1b[2Jz :smiley:"
+    sink.run_finished(
+        {
+            "run_folder": "runs/sql",
+            "evaluations": {"after": {evil: {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}}},
+            "roles": {evil: {"policy": "[red]p", "calls": 1}},
+            "examples": [
+                {"task": evil, "before": {"output": evil, "reward": 0}, "after": {"output": "[/]", "reward": 1}}
+            ],
+            "failures": {evil: 2},
+        }
+    )
+    shown = out.getvalue()
+    assert "\x1b[2J" not in shown and r"\x1b[2Jz" in shown
+    assert shown.count("[bold red]x[/] [link=http://evil]y[/link]") >= 4
+    assert "\x1b]8;" not in shown, "no link was made"
+    assert ":smiley:" in shown
+
+
+def test_an_empty_summary_of_a_stopped_run_is_no_error() -> None:
+    sink, out = plain()
+    sink.run_finished({})
+    assert "failures: none" in out.getvalue()
+
+
+def test_outputs_are_compared_where_they_differ() -> None:
+    assert differing({"sql": "a", "rows": 1}, {"sql": "b", "rows": 1}) == ("a", "b")
+    assert differing({"a": 1, "b": 2}, {"a": 3, "b": 4}) == ({"a": 1, "b": 2}, {"a": 3, "b": 4})
+    assert differing("x", {"a": 1}) == ("x", {"a": 1})
+    assert differing(None, None) == ("", "")
+
+
+def test_an_interval_without_a_mean_is_a_dash() -> None:
+    assert interval({}) == "-"
+    assert interval({"mean": None}) == "-"
+    assert interval({"mean": 0.5}) == "0.500"
