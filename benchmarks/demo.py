@@ -72,7 +72,7 @@ def main() -> None:
     """Run everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--final-count", type=int, default=500)
     parser.add_argument("--no-controls", action="store_true")
     parser.add_argument("--folder", type=Path, default=None, help="keep the runs here")

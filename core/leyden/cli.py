@@ -25,7 +25,7 @@ from leyden.export import export
 from leyden.hookspecs import KINDS, Component
 from leyden.interfaces import RolloutRecords
 from leyden.plugins import Plugins, load_plugins
-from leyden.runfolder import RUN, STORE, read_json
+from leyden.runfolder import RESUME_STEPS_VARIABLE, RESUME_VARIABLE, RUN, STORE, read_json
 from leyden.show import one_line, printable, span_tree, task_text
 from leyden.spans import FINISHED, Mode, Rollout, RolloutState
 from leyden.spantree import model_calls
@@ -34,9 +34,6 @@ from leyden.sqlite import SQLiteStore
 RUNS = Path("runs")
 """Where `Trainer` puts runs that were not named."""
 
-RESUME_VARIABLE = "LEYDEN_RESUME"
-STEPS_VARIABLE = "LEYDEN_RESUME_STEPS"
-"""Read by `Trainer.fit`: the run folder, and the number of steps in place of the script's own."""
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -230,20 +227,22 @@ def resume_command(options: argparse.Namespace) -> int:
         ConfigurationError: the folder does not say how its run was started.
     """
     folder = _run_folder(options.run)
-    command = read_json(folder / RUN).get("command")
+    record = read_json(folder / RUN)
+    command = record.get("command")
     if not isinstance(command, list) or not command or not all(isinstance(part, str) for part in command):
         raise ConfigurationError(
             f"{str(folder / RUN)!r} does not say how the run was started; call fit(steps, resume=True) in your script"
         )
     environment = {**os.environ, RESUME_VARIABLE: str(folder.resolve())}
     if options.steps is not None:
-        environment[STEPS_VARIABLE] = str(options.steps)
+        environment[RESUME_STEPS_VARIABLE] = str(options.steps)
     print(f"{RESUME_VARIABLE}={folder.resolve()} {shlex.join(command)}", flush=True)
     try:
+        os.chdir(str(record.get("working_folder", ".")))  # relative paths in the command mean what they meant
         # Taking this process's place leaves Ctrl-C to the trainer alone, which then ends its step.
         os.execve(sys.executable, [sys.executable, *command[1:]], environment)
     except OSError as error:
-        raise ConfigurationError(f"cannot start {command[0]!r}: {error.strerror}") from error
+        raise ConfigurationError(f"cannot start {shlex.join(command)}: {error}") from error
 
 
 # ---- this machine ----------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ class ExportedPolicy(msgspec.Struct, frozen=True, kw_only=True):
     roles: list[str] | None
     """Patterns of the roles it speaks for; `None` is every role."""
     sampling: dict[str, object]
-    """What evaluation replaced of the agent's own sampling; usually nothing."""
+    """How it was sampled in training, for the reader: a deployed app keeps its own parameters."""
     base_sha256: str | None
     """Of the weights that training started from."""
 
@@ -167,7 +167,7 @@ def _copy_policy(
         shutil.copytree(source, out / relative)
     except (OSError, shutil.Error) as error:
         raise ConfigurationError(f"cannot copy policy {name!r} from {str(source)!r}: {error}") from error
-    sampling = cast("dict[str, object]", policy.get("eval_sampling") or {})
+    sampling = cast("dict[str, object]", policy.get("sampling") or {})
     return ExportedPolicy(
         model=name,
         folder=relative,

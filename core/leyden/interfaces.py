@@ -573,8 +573,10 @@ class Session(Protocol):
 class Algorithm(Protocol):
     """Improves policies or prompts from rollouts."""
 
-    group_size: int
-    """Rollouts of one task in a step."""
+    @property
+    def group_size(self) -> int:
+        """How many rollouts of one task a step makes."""
+        ...
 
     def check(self, policies: Sequence[Policy]) -> None:
         """Refuse options that do not go together, before anything is loaded.

@@ -23,6 +23,11 @@ SUMMARY = "summary.json"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 
+RESUME_VARIABLE = "LEYDEN_RESUME"
+"""`leyden resume` sets it to the run folder, so that a script's own `fit(steps=...)` goes on."""
+RESUME_STEPS_VARIABLE = "LEYDEN_RESUME_STEPS"
+"""The run's new total of steps, in place of the script's."""
+
 
 def checkpoint_folder(step: int) -> str:
     """Return a step's checkpoint folder, relative to the run folder."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -166,5 +167,6 @@ def run_record(blueprint: Blueprint, *, algorithm: object) -> dict[str, object]:
         "failure_reward": blueprint.rules.failure_reward,
         "seed": blueprint.seed,
         "command": [sys.executable, *sys.orig_argv[1:]],
+        "working_folder": os.getcwd(),
         "versions": package_versions(),
     }

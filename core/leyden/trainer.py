@@ -49,9 +49,6 @@ from leyden.workers import GUARD_HINT
 
 Result = TypeVar("Result")
 
-RESUME_VARIABLE = "LEYDEN_RESUME"
-"""`leyden resume` sets it to the run folder, so that a script's own `fit(steps=...)` goes on."""
-
 
 class Trainer:
     """Trains chosen roles of an agent.
@@ -280,11 +277,12 @@ class Trainer:
     # ---- the jobs ----------------------------------------------------------------------------------------------
 
     async def _fit(self, steps: int, resume: bool) -> dict[str, object]:
-        if steps < 1:
-            raise ConfigurationError(f"steps must be at least 1, got {steps!r}")
-        asked = os.environ.get(RESUME_VARIABLE)
+        asked = os.environ.get(runfolder.RESUME_VARIABLE)
         if asked:
             self.run_folder, resume = Path(asked), True
+            steps = int(os.environ.get(runfolder.RESUME_STEPS_VARIABLE, steps))
+        if steps < 1:
+            raise ConfigurationError(f"steps must be at least 1, got {steps!r}")
         timing = Timing()
         runfolder.claim(self.run_folder, resume=resume)
         async with opened(self._blueprint, self.run_folder / runfolder.STORE) as parts:

@@ -200,14 +200,18 @@ def refuse_lost_call(request: Any) -> None:
 
 
 def call_site() -> str:
-    """Name the innermost line of the running stack that is in no installed package."""
+    """Name the innermost line of the running stack that is in no installed package and not ours."""
     paths = sysconfig.get_paths()
     installed = tuple(str(Path(paths[key]).resolve()) for key in ("stdlib", "platstdlib", "purelib", "platlib"))
-    own = str(Path(__file__).resolve().parent)
     for frame, line in traceback.walk_stack(None):
-        file = str(Path(frame.f_code.co_filename).resolve())
-        if not file.startswith((*installed, own)) and not frame.f_code.co_filename.startswith("<"):
-            return f"{file}:{line} in {frame.f_code.co_name}"
+        code, package = frame.f_code, str(frame.f_globals.get("__name__")).partition(".")[0]
+        file = str(Path(code.co_filename).resolve())
+        if (
+            package not in ("leyden", "leyden_plugins")
+            and not file.startswith(installed)
+            and code.co_filename[0] != "<"
+        ):
+            return f"{file}:{line} in {code.co_name}"
     return "an unknown place (no line of user code is on this thread's stack)"
 
 

@@ -3,10 +3,11 @@
 `agent.py` knows nothing of Leyden. Its checker is in no policy, so its calls keep going where OPENAI_BASE_URL
 points: here to the untrained base model, which the same engine serves as an ordinary endpoint.
 
-    python -m examples.text_to_sql.train --steps 40
+    python -m examples.text_to_sql.train --steps 20
 """
 
 import argparse
+import asyncio
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 MODEL = Path(__file__).parent / "model"
 ROLES = ("writer", "rewriter")
-STEPS = 40
+STEPS = 20
 VALIDATION = 200
 """Held-out questions (tuning bucket) evaluated before and after."""
 
@@ -63,7 +64,7 @@ def trainer(
     engine: "Engine", algorithm: "Algorithm", *, seed: int, run: Path | None, roles: Sequence[str] = ROLES
 ) -> leyden.Trainer:
     """Return the demo's trainer."""
-    policy = leyden.Policy("sql", roles=roles, learning_rate=8e-4, final_learning_rate_fraction=0.3)
+    policy = leyden.Policy("sql", roles=roles, learning_rate=3e-4, final_learning_rate_fraction=0.3)
     return leyden.Trainer(
         solve,
         reward=score,
@@ -87,9 +88,24 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint of --run")
     options = parser.parse_args()
     with serving_engine(options.seed) as engine:
-        trainer(engine, algorithm(options.seed), seed=options.seed, run=options.run).fit(
-            options.steps, resume=options.resume
-        )
+        training = trainer(engine, algorithm(options.seed), seed=options.seed, run=options.run)
+        training.fit(options.steps, resume=options.resume)
+        show_deployed(training.run_folder)
+
+
+def show_deployed(run: Path) -> None:
+    """Export the run, serve it, and answer one question with the app itself: no trainer takes part."""
+    from leyden.export import export
+    from leyden_plugins.gateway import serve_folder
+
+    folder = run / "export"
+    if not folder.exists():
+        export(run, folder)
+    task = questions.load("tuning", count=1)[0].task
+    with serve_folder(folder) as served, leyden.deploy(folder, served.base_url):
+        answer = asyncio.run(solve(task))
+    print(f"\nThe app without a trainer: leyden.deploy({str(folder)!r}, base_url=...) sends it to the trained model")
+    print(f"  {task['question']}\n  {answer['sql']}\n  reward {score(task, answer, None)['reward']:g}")
 
 
 if __name__ == "__main__":

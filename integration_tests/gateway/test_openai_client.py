@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -322,3 +325,18 @@ def test_a_checkpoint_folder_is_served_under_the_name_asked_for() -> None:
         own = openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key)
         assert [model.id for model in own.models.list()] == ["sql"]
         assert own.chat.completions.create(model="sql", messages=messages(), max_tokens=3, temperature=0).choices
+
+
+def test_serving_a_folder_says_where_and_ends_on_ctrl_c() -> None:
+    code = (
+        "from pathlib import Path\nfrom leyden_plugins.gateway import serve_checkpoint\n"
+        f"serve_checkpoint(Path({str(MODEL)!r}), model_name='sql', port=0)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("serving sql at http://127.0.0.1:")
+        own = openai.OpenAI(base_url=line.split()[3], api_key="any")
+        assert own.chat.completions.create(model="sql", messages=messages(), max_tokens=2).choices
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0

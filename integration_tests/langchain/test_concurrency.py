@@ -80,7 +80,12 @@ async def run_many(app: Any, mode: str, base_url: str, count: int) -> dict[str, 
 
 @pytest.mark.parametrize(
     ("mode", "options", "count"),
-    [("invoke", {}, EPISODES), ("invoke", {"streaming": True}, EPISODES), ("messages", {}, EPISODES), ("events", {}, 10)],
+    [
+        ("invoke", {}, EPISODES),
+        ("invoke", {"streaming": True}, EPISODES),
+        ("messages", {}, EPISODES),
+        ("events", {}, 10),
+    ],
     ids=["invoke", "streaming-model", "astream", "astream_events"],
 )
 def test_async_episodes_are_told_apart(

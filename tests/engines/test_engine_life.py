@@ -17,6 +17,7 @@ from leyden_plugins.engines.transformers import TransformersEngine
 from leyden_plugins.engines.transformers.cache import PrefixCache
 from leyden_plugins.engines.transformers.lane import WindowLane
 from tests.engines.asking import ask, reference, request, running
+from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.anyio
 PROMPT = (40, 41, 42, 43, 44)
@@ -30,6 +31,8 @@ async def test_it_is_an_engine_and_starting_twice_adds_only_what_is_new(qwen: Pa
     await engine.start([Policy("a"), Policy("c")])
     assert sorted(engine.models()) == ["a", "b", "base", "c"]
     assert (await engine.generate(request(PROMPT, model="a"))).version == 3
+    assert engine.model == str(qwen)
+    assert engine.decode([5, 72 + 7]) == "<|end|>" + engine.decode([79])
     await engine.stop()
     await engine.stop()
 
@@ -71,6 +74,13 @@ async def test_a_model_that_cannot_be_loaded_is_named(tmp_path: Path, qwen: Path
         await TransformersEngine(qwen, context_length=1000).start([])
     with pytest.raises(ConfigurationError, match=r"dtype 'float8' is not one of"):
         await TransformersEngine(qwen, dtype="float8").start([])
+
+
+async def test_a_model_that_does_not_go_on_from_a_cache_is_refused(tmp_path: Path) -> None:
+    sizes = {"num_heads": 4, "head_dim": 16, "expand": 2, "state_size": 16, "n_groups": 1}
+    tiny_checkpoint(tmp_path, "mamba2", **sizes)
+    with pytest.raises(ConfigurationError, match="Mamba2ForCausalLM does not continue from `past_key_values`"):
+        await TransformersEngine(tmp_path, context_length=50).start([])
 
 
 async def test_unknown_models_and_impossible_prompts_are_refused(qwen: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from leyden.interfaces import Access, Generation, GenerationRequest
+from leyden.interfaces import Access, Delta, Generation, GenerationRequest
 from leyden.roles import AGENTS_OWN, Policy, Route, Sampling
 from leyden.spans import Completion, Record, Span
 from leyden.testing.fakes import FakeEngine
@@ -146,3 +146,34 @@ class BlockedEngine(FakeEngine):
         finally:
             self.waiting -= 1
         return await super().generate(request)
+
+
+class OpenDeltas:
+    """Deltas that only `aclose` ends, as those of an engine that samples in another thread."""
+
+    def __init__(self) -> None:
+        self.closed = 0
+        self.asked = 0
+
+    def __aiter__(self) -> OpenDeltas:
+        return self
+
+    async def __anext__(self) -> Delta:
+        self.asked += 1
+        if self.asked > 1:
+            await asyncio.get_running_loop().create_future()
+        return Delta(index=0, text="x", token_ids=[120], logprobs=[-1.0])
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+
+class OpenEngine(FakeEngine):
+    """Gives one piece of an answer and no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deltas = OpenDeltas()
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        return Generation(prompt_token_ids=[1], version=0, deltas=self.deltas)

@@ -16,6 +16,7 @@ from leyden_plugins.gateway import HttpGateway
 from tests.gateway.builders import (
     CHAT,
     BlockedEngine,
+    OpenEngine,
     Running,
     access,
     ask,
@@ -67,6 +68,19 @@ def test_a_client_that_leaves_frees_the_engine_and_leaves_an_interrupted_record(
             assert completion.choices[0].finish_reason == "interrupted"
 
     scenario()
+
+
+@asynchronous
+async def test_the_deltas_of_a_call_that_is_cut_are_closed() -> None:
+    engine = OpenEngine()
+    async with running(engine) as here:
+        token = here.gateway.admit(access())
+        call = asyncio.create_task(here.post(token, ask(), named()))
+        await until(lambda: engine.deltas.asked == 2)
+        (completion,) = await here.completions()
+        assert engine.deltas.closed == 1
+        assert completion.choices[0].token_ids == [120]
+        assert (await call).status_code == 401
 
 
 @asynchronous

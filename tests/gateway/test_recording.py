@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 import pytest
 
 from leyden.errors import ConfigurationError, ContextLengthError, EngineError, StoreError
-from leyden.interfaces import GenerationRequest
+from leyden.interfaces import Delta, Generation, GenerationRequest
 from leyden.spans import Choice, Completion, Record, Status
 from leyden.testing.fakes import END_TOKEN, Answer, FakeEngine, Sampled
 from tests.gateway.builders import Running, access, ask, asynchronous, events, named, own_sampling, running
@@ -168,6 +169,25 @@ async def test_an_engine_that_fails_midway_leaves_its_partial_tokens() -> None:
             assert (completion.status, completion.delivered) == (Status.ERROR, False)
             assert completion.choices[0].token_ids == list(b"partial")
             assert completion.choices[0].finish_reason == "error"
+
+
+@asynchronous
+async def test_an_answer_that_ends_without_a_finish_reason_is_no_complete_sample() -> None:
+    class Short(FakeEngine):
+        async def generate(self, request: GenerationRequest) -> Generation:
+            generation = await super().generate(request)
+
+            async def cut() -> AsyncIterator[Delta]:
+                async for delta in generation.deltas:
+                    yield dataclasses.replace(delta, finish_reason=None)
+
+            return dataclasses.replace(generation, deltas=cut())
+
+    async with running(Short("SELECT")) as here:
+        token = here.gateway.admit(access())
+        assert (await here.post(token, ask(), named())).status_code == 503
+        assert events(await here.post(token, ask(stream=True), named()))[-1]["error"]["code"] == "engine_unavailable"
+        assert {(one.status, one.delivered) for one in await here.completions()} == {(Status.ERROR, False)}
 
 
 @asynchronous

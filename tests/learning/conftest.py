@@ -21,7 +21,7 @@ def tied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("tied"), tied=True)
 
 
-def write_checkpoint(folder: Path, *, tied: bool) -> Path:
+def write_checkpoint(folder: Path, *, tied: bool, **options: object) -> Path:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
@@ -37,6 +37,7 @@ def write_checkpoint(folder: Path, *, tied: bool) -> Path:
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=0,
+        **options,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder)
     words = {f"w{number}": number for number in range(VOCABULARY)}

@@ -82,7 +82,7 @@ class Bandit:
 
 def learn(algorithm: Algorithm, checkpoint: Path, *, steps: int, seed: int = 0, shuffled: bool = False) -> Bandit:
     learner = TorchLearner()
-    learner.open([POLICY], checkpoint, seed=seed)
+    learner.open([POLICY], str(checkpoint), seed=seed)
     bandit = Bandit(learner, checkpoint, seed, shuffled=shuffled)
     session = RecordedSession(groups=bandit.groups, policies=[POLICY], total_steps=steps, learner=learner)
     asyncio.run(algorithm.run(session))

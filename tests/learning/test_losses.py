@@ -188,7 +188,7 @@ def test_one_call_rollouts_give_the_loss_and_gradient_of_trl(
             )
         )
     learner = TorchLearner()
-    learner.open([POLICY], checkpoint, seed=0)
+    learner.open([POLICY], str(checkpoint), seed=0)
     ours = learner.forward_backward("sql", mdp.rows(mdp.weigh(calls, normalisation)), CLIP)
     our_gradients = gradients_of(learner)
     assert 0 < ours["loss/clip_fraction"] < 1

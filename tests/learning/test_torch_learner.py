@@ -17,6 +17,7 @@ from leyden_plugins.learners.torch import TorchLearner
 from leyden_plugins.learners.torch.batching import STRETCH, micro_batches
 from leyden_plugins.torch_models.loading import load_model
 from tests.learning.builders import POLICY, rich_transitions, row, transition
+from tests.learning.conftest import write_checkpoint
 
 CLIP = Loss(name="policy_gradient_clip", options={"clip_low": 0.2, "clip_high": 0.2})
 VOCABULARY = 24
@@ -24,7 +25,7 @@ VOCABULARY = 24
 
 def opened(checkpoint: Path, *policies: Policy, **options: object) -> TorchLearner:
     learner = TorchLearner(**options)  # type: ignore[arg-type]  # a test hands its options through
-    learner.open(policies or [POLICY], checkpoint, seed=0)
+    learner.open(policies or [POLICY], str(checkpoint), seed=0)
     return learner
 
 
@@ -87,6 +88,14 @@ def test_the_ratio_is_one_before_the_first_update(checkpoint: Path) -> None:
     assert metrics["loss/kl"] == pytest.approx(0.0, abs=1e-9)
     expected = sum(sum(one.logprobs) for one in calls) / sum(len(one.logprobs) for one in calls)
     assert metrics["loss/entropy"] == pytest.approx(-expected, rel=1e-5)
+
+
+def test_layers_with_a_sliding_window_are_computed_exactly(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, tied=False, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+    model = load_model(tmp_path)
+    rows = [row([1, 2, 3, 4, 5, 6, 7, 8], [9, number]) for number in range(3)]
+    for one, found in zip(rows, opened(tmp_path).logprobs("sql", rows), strict=True):
+        assert found == pytest.approx(plain_logprobs(model, one), abs=1e-5)
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------------
@@ -290,7 +299,7 @@ def test_rows_without_log_probabilities_are_refused(checkpoint: Path) -> None:
         learner.logprobs("sql", mdp.rows([transition(prompt=[], tokens=[2])], "calls"))
 
 
-def test_a_model_that_caps_its_logits_is_refused_at_start(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_model_that_caps_its_logits_is_refused_at_start(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=VOCABULARY,

@@ -18,7 +18,7 @@ from leyden.sqlite import SQLiteStore
 from leyden_plugins.observers import report_data
 from leyden_plugins.observers.report import ReportSink, embedded, page, report_command, write_report
 from leyden_plugins.observers.report_data import LONGEST_TEXT, Texts, charts, choose
-from tests.watching.fake_run import add_finished, make_run, rollout, rollout_records, summary
+from tests.watching.fake_run import add_finished, call_records, make_run, rollout, rollout_records, summary
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)><!--<script> &lt; \u2028 %%DATA%%"
 
@@ -32,6 +32,7 @@ class Page(HTMLParser):
         self.addresses: list[str] = []
         self.scripts: list[tuple[dict[str, str | None], str]] = []
         self.policy = ""
+        self.is_in_script = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -39,13 +40,17 @@ class Page(HTMLParser):
         self.tags.append(tag)
         self.addresses += [str(found[name]) for name in ("src", "href") if name in found]
         if tag == "script":
+            self.is_in_script = True
             self.scripts.append((found, ""))
         if found.get("http-equiv") == "Content-Security-Policy":
             self.policy = str(found["content"])
 
     def handle_data(self, data: str) -> None:
-        if self.lasttag == "script" and self.scripts:
+        if self.is_in_script:
             self.scripts[-1] = (self.scripts[-1][0], self.scripts[-1][1] + data)
+
+    def handle_endtag(self, tag: str) -> None:
+        self.is_in_script = self.is_in_script and tag != "script"
 
     @property
     def data(self) -> dict[str, object]:
@@ -102,7 +107,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert not set("<>&\u2028") & set(inside[1])
     texts = found.data["texts"]
     assert isinstance(texts, list)
-    assert HOSTILE.replace("\u2028", "\u2028") in texts, "the words are all there"
+    assert HOSTILE in texts, "the words are all there"
 
 
 def test_a_hostile_title_is_escaped() -> None:
@@ -124,27 +129,27 @@ def test_a_key_never_reaches_the_page(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_the_page_holds_figures_curves_tables_and_rollouts(run: Path) -> None:
     data = Page(write_report(run).read_text()).data
     assert data["summary"] == json.loads(json.dumps(summary(run, 4)))
-    assert data["run"]["seed"] == 7  # type: ignore[index]
-    titles = [one["title"] for one in data["charts"]]  # type: ignore[attr-defined]
+    assert data["run"]["seed"] == 7
+    titles = [one["title"] for one in data["charts"]]
     assert titles[:4] == ["Reward", "Held-out, by reward name", "Clip fraction", "Probability ratio"]
     assert {"Gradient norm", "Entropy", "Throughput", "Loss"} <= set(titles)
     assert titles[-1] == "acme/own", "a metric of nobody's knowledge is drawn too"
     rollouts = data["rollouts"]
     assert isinstance(rollouts, list)
-    assert data["rollouts_in_all"] == len(rollouts) == 4 * 8 + 2 * 5
+    assert (data["rollouts_in_all"], len(rollouts)) == (4 * 8 + 2 * 5, 4 * 4 + 2 * 5)
     texts = data["texts"]
     failed = next(one for one in rollouts if one["state"] == "failed")
-    assert texts[failed["error"]] == "ToolError: no such column: populaton"  # type: ignore[index]
-    spans = [(span["depth"], span["kind"], texts[span["role"]]) for span in failed["spans"]]  # type: ignore[index]
+    assert texts[failed["error"]] == "ToolError: no such column: populaton"
+    spans = [(span["depth"], span["kind"], texts[span["role"]]) for span in failed["spans"]]
     assert spans[:3] == [(0, "rollout", "main"), (1, "agent", "writer"), (2, "model_call", "writer")]
     call = failed["spans"][2]
     assert call["tokens"] == [30, 24]
-    assert texts[call["policy"]] == "sql" and call["version"] == 3  # type: ignore[index]
+    assert texts[call["policy"]] == "sql" and call["version"] == 3
 
 
 def test_held_out_points_carry_their_intervals(run: Path) -> None:
     (reward, *_) = charts({2: {"reward/mean": 0.5}}, summary(run, 4))
-    by_name = {one["name"]: one["points"] for one in reward["series"]}  # type: ignore[attr-defined]
+    by_name = {one["name"]: one["points"] for one in reward["series"]}
     assert by_name["reward/mean"] == [[2, 0.5]]
     assert by_name["evaluation/reward"] == [
         [0, 0.52, pytest.approx(0.44), pytest.approx(0.59)],
@@ -160,9 +165,9 @@ def test_the_size_is_bounded_and_the_last_evaluation_comes_first(
     folder = asyncio.run(make_run(tmp_path / "run", steps=6, groups=4, held_out=8))
     path = write_report(folder)
     data = Page(path.read_text()).data
-    found = [(one["mode"], one["step"]) for one in data["rollouts"]]  # type: ignore[attr-defined]
+    found = [(one["mode"], one["step"]) for one in data["rollouts"]]
     assert found.count(("evaluate", 6)) == 8
-    assert 8 < len(found) < data["rollouts_in_all"]  # type: ignore[operator]
+    assert 8 < len(found) < data["rollouts_in_all"]
     assert len(json.dumps([data["rollouts"], data["texts"]])) < 60_000
 
 
@@ -171,31 +176,21 @@ def test_one_huge_rollout_does_not_keep_out_the_others(tmp_path: Path, monkeypat
     folder = tmp_path / "run"
     folder.mkdir()
 
+    huge = [
+        record
+        for number in range(40)
+        for record in call_records("s1-t0-0", number=number, role="writer", answer=f"{number} " * 1300)
+    ]
+
     async def write() -> None:
         async with await SQLiteStore.open(folder / STORE) as store:
-            huge = [
-                record for number in range(40) for record in rollout_records(f"huge{number}", answer=f"{number}" * 3900)
-            ]
-            huge = [_moved(record) for record in huge]
-            await add_finished(
-                store,
-                [rollout("s1-t0-0", reward=1.0), rollout("s1-t0-1", reward=0.0)],
-                [huge, rollout_records("s1-t0-1")],
-            )
+            both = [rollout("s1-t0-0", reward=1.0), rollout("s1-t0-1", reward=0.0)]
+            await add_finished(store, both, [huge, rollout_records("s1-t0-1")])
 
-    def _moved(record: object) -> object:
-        import msgspec
-
-        return msgspec.structs.replace(record, rollout_id="s1-t0-0")  # type: ignore[type-var]
-
-    asyncio.run(write_unique(write))
+    asyncio.run(write())
     data = Page(write_report(folder).read_text()).data
-    assert [one["id"] for one in data["rollouts"]] == ["s1-t0-1"]  # type: ignore[attr-defined]
-    assert not any(text.startswith("0000") for text in data["texts"])  # type: ignore[attr-defined]
-
-
-async def write_unique(write: object) -> None:
-    await write()  # type: ignore[operator]
+    assert [one["id"] for one in data["rollouts"]] == ["s1-t0-1"]
+    assert not any(text.startswith("0 0 0 ") for text in data["texts"])
 
 
 def test_of_each_step_the_best_and_the_worst_are_chosen_first() -> None:

@@ -22,7 +22,7 @@ def records_of(one: Rollout, everything: list[object]) -> RolloutRecords:
 
 
 def example(**changes: object) -> RolloutRecords:
-    return records_of(rollout("s1-t0-0", reward=0.0), list(rollout_records("s1-t0-0", reward=0.0, **changes)))  # type: ignore[arg-type]
+    return records_of(rollout("s1-t0-0", reward=0.0), list(rollout_records("s1-t0-0", reward=0.0, **changes)))
 
 
 def span(name: str, parent: str | None, start: int = 0, **attributes: object) -> Span:

@@ -151,3 +151,9 @@ def test_an_interval_without_a_mean_is_a_dash() -> None:
     assert interval({}) == "-"
     assert interval({"mean": None}) == "-"
     assert interval({"mean": 0.5}) == "0.500"
+
+
+def test_a_notice_is_neither_markup_nor_control() -> None:
+    sink, out = live()
+    sink.notice("failures so far: [bold]Odd[/]Error \x1b[2J")
+    assert out.getvalue() == "failures so far: [bold]Odd[/]Error \\x1b[2J\n"

@@ -2,6 +2,6 @@
 
 from leyden_plugins.gateway.app import Limits
 from leyden_plugins.gateway.gateway import HttpGateway
-from leyden_plugins.gateway.serve import Endpoint, serve, serve_checkpoint
+from leyden_plugins.gateway.serve import Endpoint, serve, serve_checkpoint, serve_folder
 
-__all__ = ["Endpoint", "HttpGateway", "Limits", "serve", "serve_checkpoint"]
+__all__ = ["Endpoint", "HttpGateway", "Limits", "serve", "serve_checkpoint", "serve_folder"]

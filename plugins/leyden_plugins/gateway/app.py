@@ -15,6 +15,7 @@ from typing import Protocol
 
 import msgspec
 
+from leyden.errors import EngineError
 from leyden.interfaces import Generation, GenerationRequest
 from leyden.spans import Record, Status
 from leyden_plugins.gateway.access import AccessTable, Caller, sampling_for, unquoted
@@ -230,6 +231,8 @@ class App:
                     opening = b""
                     if events:
                         await exchange.write(events)
+        if any(choice.finish_reason is None for choice in answer.choices):
+            raise EngineError("the engine ended its answer without a finish reason; try again")
         if question.stream:
             await exchange.write(opening + question.last(answer), last=True)
         else:

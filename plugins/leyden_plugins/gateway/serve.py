@@ -167,7 +167,7 @@ def serve_checkpoint(
     """
     with serve_folder(folder, model_name=model_name, api_key=api_key, port=port, engine=engine) as endpoint:
         key = "any key" if api_key is None else "the key that was given"
-        print(f"serving {', '.join(endpoint.models)} at {endpoint.base_url} ({key}); Ctrl-C stops")
+        print(f"serving {', '.join(endpoint.models)} at {endpoint.base_url} ({key}); Ctrl-C stops", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
 

@@ -3,9 +3,9 @@
 from leyden_plugins.torch_models.fused import FusedNetwork, FusedWeights
 from leyden_plugins.torch_models.loading import (
     canonical_tensors,
-    copied,
     digest,
     eos_token_ids,
+    hollow,
     load_model,
     load_tokenizer,
     read_tensors,
@@ -17,9 +17,9 @@ __all__ = [
     "FusedNetwork",
     "FusedWeights",
     "canonical_tensors",
-    "copied",
     "digest",
     "eos_token_ids",
+    "hollow",
     "load_model",
     "load_tokenizer",
     "read_tensors",

@@ -141,9 +141,14 @@ def canonical_tensors(model: PreTrainedModel, tensors: Mapping[str, object]) -> 
     return named
 
 
-def copied(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a detached copy of `tensor` with the type and device of `like`."""
-    return tensor.detach().to(device=like.device, dtype=like.dtype, copy=True).contiguous()
+def hollow(model: PreTrainedModel) -> None:
+    """Free the model's parameters, keeping names, shapes, types and ties: it then runs only on weights passed in."""
+    freed: dict[int, torch.nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        parent, _, leaf = name.rpartition(".")
+        if id(parameter) not in freed:
+            freed[id(parameter)] = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        model.get_submodule(parent).register_parameter(leaf, freed[id(parameter)])
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -66,7 +66,7 @@ class TransformersEngine:
             )
         if context_length is not None and context_length < 2:
             raise ConfigurationError(f"context_length must be at least 2, got {context_length!r}")
-        self.model = model
+        self.model = str(model)
         self.max_batch_size = max_batch_size
         self.device = device
         self.dtype = dtype
@@ -222,6 +222,15 @@ class TransformersEngine:
         if model not in self._served:
             raise ConfigurationError(f"model {model!r} is not served; these are: {self.models()!r}")
         return self._started().digest(self._served[model][1])
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Spell tokens, special ones included: what a log-probability stands beside.
+
+        Raises:
+            EngineError: the engine is not started.
+        """
+        codec = self._started().chat.codec
+        return codec.decode(token_ids, codec.special)
 
     async def stop(self) -> None:
         """Free everything; requests in flight end with `EngineError`. Idempotent."""

@@ -16,13 +16,14 @@ from leyden_plugins.engines.transformers.cache import PrefixCache
 from leyden_plugins.engines.transformers.chat import Chat
 from leyden_plugins.engines.transformers.delivery import DeltaStream
 from leyden_plugins.engines.transformers.lane import Lane, SoloLane, WindowLane
-from leyden_plugins.engines.transformers.networks import ModuleNetwork, Network, choose_network
+from leyden_plugins.engines.transformers.networks import Network, choose_network, row_network
 from leyden_plugins.engines.transformers.text import Codec, TextStream
 from leyden_plugins.torch_models import (
     FusedNetwork,
     canonical_tensors,
     digest,
     eos_token_ids,
+    hollow,
     load_model,
     load_tokenizer,
     read_tensors,
@@ -56,9 +57,10 @@ class Backend:
         self.vocabulary = vocabulary_of(self._model)
         self.chat = Chat(Codec(tokenizer))
         tensors = dict(self._model.named_parameters())
-        shared = choose_network(self._model, tensors, self.context_length)
-        self._solo = ModuleNetwork(self._model) if shared is None else None
-        self._network: Network[Any] = shared or ModuleNetwork(self._model)
+        network = choose_network(self._model, tensors, self.context_length)
+        self._solo = row_network(self._model, tensors) if network is None else None
+        self._network: Network[Any] = network or self._solo  # type: ignore[assignment]  # one of them is there
+        self._base = self._network.prepare(tensors)
         self._cache = PrefixCache(prefix_cache_tokens)
         self.batcher = Batcher(
             lane=self._lane,
@@ -68,6 +70,8 @@ class Backend:
             max_rows=max_rows,
             threads=threads,
         )
+        # Every version, the base too, is a copy of its own: the loaded one need not stay.
+        hollow(self._model)
 
     @property
     def network_name(self) -> str:
@@ -78,8 +82,7 @@ class Backend:
 
     def base(self, weights_id: int) -> Served:
         """Return the weights the model was loaded with."""
-        tensors = dict(self._model.named_parameters())
-        return Served(weights_id=weights_id, weights=self._network.prepare(tensors))
+        return Served(weights_id=weights_id, weights=self._base)
 
     def snapshot(self, weights_id: int, weights: Weights) -> Served:
         """Copy weights from memory or, where there are none, from their folder.

@@ -11,8 +11,9 @@ import inspect
 from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
+from leyden.errors import ConfigurationError
 from leyden.extras import extra
-from leyden_plugins.torch_models import FusedNetwork, copied, vocabulary_of
+from leyden_plugins.torch_models import FusedNetwork, vocabulary_of
 
 with extra("train"):
     import torch
@@ -98,8 +99,11 @@ class ModuleNetwork:
 
     def prepare(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy canonical tensors."""
-        like = dict(self.model.named_parameters())
-        return {name: copied(tensor, like[name]) for name, tensor in tensors.items()}
+        kinds = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        return {
+            name: tensor.detach().to(device=self.device, dtype=kinds[name], copy=True).contiguous()
+            for name, tensor in tensors.items()
+        }
 
     def named(self, weights: dict[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the served tensors."""
@@ -172,6 +176,34 @@ def choose_network(
     return None
 
 
+def row_network(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> ModuleNetwork:
+    """Return the network that runs one row at a time, after comparing it with the model's own forward pass.
+
+    Raises:
+        ConfigurationError: the model does not go on from the cache it is given.
+    """
+    network = ModuleNetwork(model)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary_of(model), (1, CHECKED_TOKENS), generator=generator).to(network.device)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        wanted = model(tokens).logits[:, -1]
+        network.extend(dict(tensors), tokens[:, :-1], cache)
+        got = network.extend(dict(tensors), tokens[:, -1:], cache)
+    if not is_close(got, wanted):
+        raise ConfigurationError(
+            f"{type(model).__name__} does not continue from `past_key_values`, so this engine cannot serve it; "
+            "serve it with vLLM or another server that returns token ids"
+        )
+    return network
+
+
+def is_close(got: Tensor, wanted: Tensor) -> bool:
+    """Compare logits: 1e-4 of the largest in float32, 5 % where the type itself is coarse."""
+    tolerance = 1e-4 if wanted.dtype == torch.float32 else 0.05
+    return bool((got - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1.0))
+
+
 def accepts_positions(model: PreTrainedModel) -> bool:
     """Say whether the forward pass takes the place of each token, which rows of unequal length need."""
     forward = inspect.signature(inspect.unwrap(type(model).forward)).parameters
@@ -179,10 +211,7 @@ def accepts_positions(model: PreTrainedModel) -> bool:
 
 
 def agrees(network: Network[W], weights: W, model: PreTrainedModel) -> bool:
-    """Compare two unequal rows, prefilled in two pieces and decoded, with the model's own forward pass.
-
-    The tolerance is 1e-4 of the largest logit in float32, and 5 % where the type itself is coarse.
-    """
+    """Compare two unequal rows, prefilled in two pieces and decoded, with the model's own forward pass."""
     longest = CHECKED_TOKENS
     generator = torch.Generator().manual_seed(0)
     vocabulary = vocabulary_of(model)
@@ -206,5 +235,4 @@ def agrees(network: Network[W], weights: W, model: PreTrainedModel) -> bool:
             part = slice(first, end)
             network.prefill(weights, aligned[:, part], positions[:, part], window[..., :end, :], mask[:, :, part, :end])
         got = network.decode(weights, aligned[:, -1], positions[:, -1], window, mask[:, :, -1:])
-    tolerance = 1e-4 if network.dtype == torch.float32 else 0.05
-    return bool((got - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1.0))
+    return is_close(got, wanted)

@@ -17,6 +17,7 @@ from langchain_core.outputs import LLMResult
 
 from leyden import wire
 from leyden.context import status_of
+from leyden.errors import DeadlineExceeded
 from leyden.spans import Kind, Status
 from leyden_plugins.frameworks.langchain.messages import answer_attributes, message_json, plain
 from leyden_plugins.frameworks.langchain.runs import Runs
@@ -31,7 +32,7 @@ CONTROL_FLOW = "GraphBubbleUp"
 
 
 class Recorder(BaseCallbackHandler):
-    """Records runs. LangChain logs what a callback raises and goes on."""
+    """Records runs. LangChain logs the exceptions of a callback and goes on."""
 
     run_inline = True
 
@@ -182,6 +183,10 @@ class Recorder(BaseCallbackHandler):
 
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **rest: Any) -> None:
         end_with_error(run_id, error, {})
+        if isinstance(error, DeadlineExceeded):
+            # `agenerate` (langchain-core 1.7) mistakes what is no Exception for an answer and then fails with an
+            # AttributeError, which an agent may swallow; raised from here, the deadline passes through it.
+            raise error
 
 
 class LeydenCallbackHandler(Recorder):

@@ -85,9 +85,9 @@ class TorchLearner:
         self.threads = threads
         self.share_prefixes = share_prefixes
         self._trainees: dict[str, Trainee] = {}
-        self._model_path: Path | None = None
+        self._base: str | None = None
 
-    def open(self, policies: Sequence[Policy], model: Path, *, seed: int) -> None:
+    def open(self, policies: Sequence[Policy], model: str, *, seed: int) -> None:
         """Load the base weights once a trainable policy.
 
         Raises:
@@ -96,7 +96,7 @@ class TorchLearner:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         torch.manual_seed(seed)
-        self._model_path = model
+        self._base = model
         for policy in policies:
             if policy.trainable:
                 loaded = load_model(model, dtype=self.dtype, device=self.device)
@@ -173,8 +173,8 @@ class TorchLearner:
     def export(self, policy: str, folder: Path) -> None:
         """Write the policy as a Hugging Face folder: weights, config, tokenizer."""
         self._trainee(policy).model.save_pretrained(folder)
-        assert self._model_path is not None  # a trainee exists, so `open` has run
-        load_tokenizer(self._model_path).save_pretrained(folder)
+        assert self._base is not None  # a trainee exists, so `open` has run
+        load_tokenizer(self._base).save_pretrained(folder)
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder and the optimizer's state a policy, and torch's random state."""
