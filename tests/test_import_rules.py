@@ -16,7 +16,7 @@ ORDER = """
 errors extras redaction
 spans roles context usage looping
 hookspecs plugins interfaces ownership agents tasks
-migrations packing codec sqlite_file sqlite_ledger sqlite_records sqlite_rollouts sqlite_writer sqlite
+sqlite
 tokentree credit mdp rewards
 patching wire_calls wire_clients wire instrumentation
 attempts rollouts executors worker measuring workers

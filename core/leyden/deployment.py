@@ -127,6 +127,6 @@ def read_export(folder: Path) -> Export:
         ) from error
     if export.schema != EXPORT_SCHEMA:
         raise ConfigurationError(
-            f"{str(file)!r} has schema {export.schema!r}; this Leyden reads {EXPORT_SCHEMA}: export it again, or upgrade"
+            f"{str(file)!r} has schema {export.schema!r}; this Leyden reads {EXPORT_SCHEMA}; export again, or upgrade"
         )
     return export

@@ -263,7 +263,7 @@ def test_tool_calls_arrive_whole_streamed_or_not() -> None:
             streamed = stream.get_final_completion().choices[0]
         assert message.tool_calls is not None and streamed.message.tool_calls is not None
         for said in (message.tool_calls[0], streamed.message.tool_calls[0]):
-            assert (said.id, said.function.name, said.function.arguments) == ("c1", "look", '{"q": 1}')  # type: ignore[union-attr]
+            assert (said.id, said.function.name, said.function.arguments) == ("c1", "look", '{"q": 1}')
         assert (message.content, streamed.message.content) == ("I look.", "I look.")
         assert streamed.finish_reason == "tool_calls"
         # What a client was given, it can send back.

@@ -12,6 +12,7 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_core.tools import BaseTool, tool
 from langchain_openai import ChatOpenAI
 from langgraph.graph import END, START, StateGraph
+from pydantic import SecretStr
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -38,7 +39,7 @@ def search_sync(query: str) -> str:
 
 
 def model(base_url: str, **options: Any) -> ChatOpenAI:
-    return ChatOpenAI(model="user-model", base_url=base_url, api_key="user-key", **options)
+    return ChatOpenAI(model="user-model", base_url=base_url, api_key=SecretStr("user-key"), **options)
 
 
 def said(role: str, task: str) -> list[Any]:

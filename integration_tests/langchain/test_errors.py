@@ -120,7 +120,7 @@ def test_tool_errors_are_recorded_whether_or_not_the_agent_hears_of_them(run: Ru
         """Fail softly."""
         raise ToolException("sorry")
 
-    soft.handle_tool_error = True  # type: ignore[attr-defined]  # a field of every tool
+    soft.handle_tool_error = True
     llm = model(user_server.base_url)
 
     async def episode(used: Any) -> Recorded:
@@ -146,7 +146,7 @@ def test_an_interrupt_is_no_error(run: Run) -> None:
     graph = StateGraph(State)
     graph.add_node("ask", ask)
     graph.add_edge(START, "ask")
-    app = graph.compile(checkpointer=InMemorySaver())
+    app: Any = graph.compile(checkpointer=InMemorySaver())
     thread = {"configurable": {"thread_id": "1"}}
 
     async def episode() -> Recorded:

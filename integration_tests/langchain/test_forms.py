@@ -74,7 +74,7 @@ def cleaned() -> Iterator[None]:
     leyden.uninstrument()
 
 
-def record(run: Run, base: str, gateway: str, *handlers: BaseCallbackHandler) -> tuple[list[object], dict[str, Any]]:
+def record(run: Run, base: str, gateway: str, *handlers: BaseCallbackHandler) -> tuple[list[str], dict[str, Any]]:
     """Run the team once; return its spans without ids and times, and what the others heard."""
     smith, mine, mine_async = LangSmith(), Mine(), MineAsync()
     tracer = LangChainTracer(client=smith)  # type: ignore[arg-type]  # a stand-in for LangSmith's client

@@ -75,7 +75,10 @@ def test_deploy_refuses_what_it_cannot_use(tmp_path: Path, export: Path) -> None
         leyden.deploy(tmp_path / "nothing", "http://127.0.0.1:1/v1")
     with pytest.raises(ConfigurationError, match=r"'127\.0\.0\.1:1' is not an address"):
         leyden.deploy(export, "127.0.0.1:1")
-    with leyden.deploy(export, "http://127.0.0.1:1/v1"), pytest.raises(ConfigurationError, match=r"deployed .* already"):
+    with (
+        leyden.deploy(export, "http://127.0.0.1:1/v1"),
+        pytest.raises(ConfigurationError, match=r"deployed .* already"),
+    ):
         leyden.deploy(export, "http://127.0.0.1:1/v1")
     (export / "leyden.json").write_text('{"schema": 1, "policies": []}')
     with pytest.raises(ConfigurationError, match="is not an export"):

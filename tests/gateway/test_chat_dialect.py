@@ -279,6 +279,7 @@ def test_a_stream_names_the_speaker_then_gives_pieces_reason_usage_and_the_end()
         ({}, "stop"),
     ]
     assert not any("usage" in chunk for chunk in found[:-2])
+    assert not any("token_ids" in name for chunk in found[:-1] for name in [*chunk, *(chunk["choices"] or [{}])[0]])
 
 
 def test_streamed_token_ids_joined_are_the_sampled_ones() -> None:

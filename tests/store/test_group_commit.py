@@ -10,7 +10,7 @@ import pytest
 
 from leyden.errors import StoreError
 from leyden.sqlite import SQLiteStore
-from leyden.sqlite_writer import GroupWriter
+from leyden.sqlite.writer import GroupWriter
 from leyden.testing.records import a_completion, a_reward, a_rollout, a_span, an_update
 
 

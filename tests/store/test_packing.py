@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leyden.codec import RecordCodec
 from leyden.errors import StoreError
 from leyden.interfaces import RolloutRecords
-from leyden.packing import PackedTokens, PromptIndex
 from leyden.redaction import Redactor
 from leyden.spans import Completion, Record, Span
 from leyden.sqlite import SQLiteStore
+from leyden.sqlite.codec import RecordCodec
+from leyden.sqlite.packing import PackedTokens, PromptIndex
 from leyden.testing.records import a_choice, a_completion, a_rollout, a_span
 from leyden.testing.store_contract.harness import unnumbered
 

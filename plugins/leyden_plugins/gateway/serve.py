@@ -165,11 +165,13 @@ def serve_checkpoint(
     Raises:
         ConfigurationError: there is no checkpoint in `folder`, or the port is taken.
     """
-    with serve_folder(folder, model_name=model_name, api_key=api_key, port=port, engine=engine) as endpoint:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        serve_folder(folder, model_name=model_name, api_key=api_key, port=port, engine=engine) as endpoint,
+    ):
         key = "any key" if api_key is None else "the key that was given"
         print(f"serving {', '.join(endpoint.models)} at {endpoint.base_url} ({key}); Ctrl-C stops", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            threading.Event().wait()
+        threading.Event().wait()
 
 
 def model_folders(folder: Path, model_name: str | None = None) -> dict[str, Path]:

@@ -101,6 +101,7 @@ class ChatDialect:
                 tools=tools,
                 tool_choice=read_tool_choice(body.get("tool_choice"), tools),
                 sampling=read_sampling(body),
+                stream=flag(body, "stream"),
             ),
             stream=flag(body, "stream"),
             wants_usage=flag(options or {}, "include_usage"),

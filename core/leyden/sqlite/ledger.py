@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from leyden.codec import RecordCodec
 from leyden.errors import StoreError
 from leyden.spans import Checkpoint, Resource, Update
+from leyden.sqlite.codec import RecordCodec
 
 
 def put_resources(connection: sqlite3.Connection, resources: Sequence[Resource], codec: RecordCodec) -> None:

@@ -17,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar, cast
 
-from leyden import sqlite_ledger, sqlite_rollouts
-from leyden.codec import EncodedRecord, RecordCodec
 from leyden.errors import RewardError, StoreError
 from leyden.interfaces import Outcome, Owner, RolloutRecords
 from leyden.redaction import Redactor
@@ -34,9 +32,12 @@ from leyden.spans import (
     Span,
     Update,
 )
-from leyden.sqlite_file import Synchronous, WriterLock, open_for_reading, open_for_writing, translated
-from leyden.sqlite_records import RecordReader, RecordWriter
-from leyden.sqlite_writer import GroupWriter
+from leyden.sqlite import ledger
+from leyden.sqlite import rollouts as rollout_rows
+from leyden.sqlite.codec import EncodedRecord, RecordCodec
+from leyden.sqlite.file import Synchronous, WriterLock, open_for_reading, open_for_writing, translated
+from leyden.sqlite.records import RecordReader, RecordWriter
+from leyden.sqlite.writer import GroupWriter
 
 _T = TypeVar("_T")
 
@@ -124,7 +125,7 @@ class SQLiteStore:
 
     async def add_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         """Queue rollouts; one that exists already is left as it is."""
-        await self._write(lambda c: sqlite_rollouts.add(c, rollouts, self._codec))
+        await self._write(lambda c: rollout_rows.add(c, rollouts, self._codec))
 
     async def start(
         self, rollout_ids: Sequence[str], *, owner: Owner, lease_seconds: float, versions: Mapping[str, int]
@@ -132,12 +133,12 @@ class SQLiteStore:
         """Take the queued ones of these rollouts: rollout id -> its new attempt number. Others are left out."""
         encoded = self._codec.encode(dict(versions))
         return await self._write(
-            lambda c: sqlite_rollouts.start(c, rollout_ids, owner=owner, lease_seconds=lease_seconds, versions=encoded)
+            lambda c: rollout_rows.start(c, rollout_ids, owner=owner, lease_seconds=lease_seconds, versions=encoded)
         )
 
     async def renew(self, rollout_ids: Sequence[str], *, owner: Owner, lease_seconds: float) -> None:
         """Extend leases still held by `owner`."""
-        await self._write(lambda c: sqlite_rollouts.renew(c, rollout_ids, owner=owner, lease_seconds=lease_seconds))
+        await self._write(lambda c: rollout_rows.renew(c, rollout_ids, owner=owner, lease_seconds=lease_seconds))
 
     async def reclaim(self) -> Sequence[str]:
         """Mark rollouts whose lease ran out or whose local owner died `lost`, queue them again, return their ids."""
@@ -145,7 +146,7 @@ class SQLiteStore:
         writer = self._writing()
 
         def work(connection: sqlite3.Connection) -> Sequence[str]:
-            lost = sqlite_rollouts.reclaim(connection)
+            lost = rollout_rows.reclaim(connection)
             for rollout_id, attempt in lost:
                 writer.records.forget(rollout_id, attempt)
             return [rollout_id for rollout_id, _ in lost]
@@ -164,7 +165,7 @@ class SQLiteStore:
 
         def work(connection: sqlite3.Connection) -> None:
             late: list[Span] = []
-            sqlite_rollouts.finish(connection, outcomes, self._codec, late.append)
+            rollout_rows.finish(connection, outcomes, self._codec, late.append)
             writer.records.insert(connection, [[self._codec.encode_record(span) for span in late]])
             for outcome in outcomes:
                 writer.records.forget(outcome.rollout_id, outcome.attempt)
@@ -177,7 +178,7 @@ class SQLiteStore:
         Raises:
             StoreError: an unknown rollout, or one that is running or finished.
         """
-        await self._write(lambda c: sqlite_rollouts.requeue(c, rollout_ids))
+        await self._write(lambda c: rollout_rows.requeue(c, rollout_ids))
 
     async def rollouts(
         self, *, mode: Mode | None = None, step: int | None = None, state: RolloutState | None = None
@@ -185,7 +186,7 @@ class SQLiteStore:
         """Return rollouts in the order they were added."""
         asked = {"mode": mode, "step": step, "state": state}
         where = {column: value for column, value in asked.items() if value is not None}
-        return await self._read(lambda c: sqlite_rollouts.select(c, where))
+        return await self._read(lambda c: rollout_rows.select(c, where))
 
     # ---- records
 
@@ -268,11 +269,11 @@ class SQLiteStore:
         Raises:
             StoreError: a (kind, name, version) used before with another content.
         """
-        await self._write(lambda c: sqlite_ledger.put_resources(c, resources, self._codec))
+        await self._write(lambda c: ledger.put_resources(c, resources, self._codec))
 
     async def resources(self, kind: str | None = None, name: str | None = None) -> Sequence[Resource]:
         """Return resources in the order they were published."""
-        return await self._read(lambda c: sqlite_ledger.resources(c, kind, name))
+        return await self._read(lambda c: ledger.resources(c, kind, name))
 
     async def add_updates(self, updates: Sequence[Update]) -> None:
         """Enter updates into the ledger, all or none.
@@ -280,11 +281,11 @@ class SQLiteStore:
         Raises:
             StoreError: a rollout would count twice for one policy among the updates that are not voided.
         """
-        await self._write(lambda c: sqlite_ledger.add_updates(c, updates, self._codec))
+        await self._write(lambda c: ledger.add_updates(c, updates, self._codec))
 
     async def updates(self, *, include_voided: bool = False) -> Sequence[Update]:
         """Return updates in the order they were entered."""
-        return await self._read(lambda c: sqlite_ledger.updates(c, include_voided=include_voided))
+        return await self._read(lambda c: ledger.updates(c, include_voided=include_voided))
 
     async def commit_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Enter a checkpoint whose folder is written whole.
@@ -292,27 +293,27 @@ class SQLiteStore:
         Raises:
             StoreError: its id was used before for another one.
         """
-        await self._write(lambda c: sqlite_ledger.commit_checkpoint(c, checkpoint, self._codec))
+        await self._write(lambda c: ledger.commit_checkpoint(c, checkpoint, self._codec))
 
     async def latest_checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint committed last."""
-        return await self._read(sqlite_ledger.latest_checkpoint)
+        return await self._read(ledger.latest_checkpoint)
 
     async def void_updates_after(self, step: int) -> Sequence[Update]:
         """Void the ledger's updates with a later step; return those that were not void before."""
-        return await self._write(lambda c: sqlite_ledger.void_updates_after(c, step))
+        return await self._write(lambda c: ledger.void_updates_after(c, step))
 
     async def next_version(self, policy: str) -> int:
         """Issue a version number of `policy` that was never issued before, also after a resume. The first is 1."""
-        return await self._write(lambda c: sqlite_ledger.next_version(c, policy))
+        return await self._write(lambda c: ledger.next_version(c, policy))
 
     async def get_meta(self, key: str) -> str | None:
         """Return the value put last under `key`."""
-        return await self._read(lambda c: sqlite_ledger.get_meta(c, key))
+        return await self._read(lambda c: ledger.get_meta(c, key))
 
     async def put_meta(self, key: str, value: str) -> None:
         """Put `value` under `key`."""
-        await self._write(lambda c: sqlite_ledger.put_meta(c, key, self.redactor.text(value)))
+        await self._write(lambda c: ledger.put_meta(c, key, self.redactor.text(value)))
 
     async def close(self) -> None:
         """Commit what waits, close the file and give the lock back. Idempotent."""
@@ -351,7 +352,7 @@ class SQLiteStore:
         return self._record_reader.after(cursor, _STREAM_BATCH)
 
     def _known_rollouts(self, connection: sqlite3.Connection, rollout_ids: Sequence[str]) -> Mapping[str, Rollout]:
-        found = {r.rollout_id: r for r in sqlite_rollouts.select(connection, {}, rollout_ids)}
+        found = {r.rollout_id: r for r in rollout_rows.select(connection, {}, rollout_ids)}
         unknown = sorted(set(rollout_ids) - set(found))
         if unknown:
             raise StoreError(f"there are no rollouts {unknown!r} in {str(self.path)!r}; check the ids")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leyden.errors import StoreError
-from leyden.sqlite_file import describe, is_fatal
+from leyden.sqlite.file import describe, is_fatal
 
 Work = Callable[[sqlite3.Connection, Sequence[object]], Sequence[object]]
 """Does the jobs' payloads in order; returns one result each, an `Exception` to raise it at that caller."""

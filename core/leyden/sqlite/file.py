@@ -21,8 +21,8 @@ import msgspec
 
 from leyden.errors import StoreError
 from leyden.interfaces import Owner
-from leyden.migrations import APPLICATION_ID, MIGRATIONS, migrate, refuse_newer
 from leyden.ownership import current_owner
+from leyden.sqlite.migrations import APPLICATION_ID, MIGRATIONS, migrate, refuse_newer
 
 Synchronous = Literal["normal", "full"]
 """`normal`: a killed process loses nothing, a power cut may lose the last seconds. `full`: neither does."""

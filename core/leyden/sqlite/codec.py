@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import msgspec
 
 from leyden.errors import RewardError, StoreError
-from leyden.packing import PackedTokens, completion_key, pack_numbers
 from leyden.redaction import Redactor
 from leyden.spans import SCHEMA_VERSION, Choice, Completion, Record, Reward, Span
+from leyden.sqlite.packing import PackedTokens, completion_key, pack_numbers
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,6 @@ from dataclasses import asdict
 
 import msgspec
 
-from leyden.codec import RecordCodec, newer_schema
 from leyden.errors import RewardError, StoreError
 from leyden.interfaces import Outcome, Owner
 from leyden.ownership import is_alive
@@ -30,6 +29,7 @@ from leyden.spans import (
     Status,
     now_ns,
 )
+from leyden.sqlite.codec import RecordCodec, newer_schema
 
 _COLUMNS = (
     "rollout_id, task, task_id, group_id, mode, step, state, attempt, reward, output, error, error_type, "

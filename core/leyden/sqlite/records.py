@@ -11,10 +11,10 @@ import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
-from leyden.codec import EncodedRecord, RecordCodec
 from leyden.errors import RewardError, StoreError
-from leyden.packing import PackedTokens, PromptIndex, PromptReader
 from leyden.spans import Completion, Record, Reward
+from leyden.sqlite.codec import EncodedRecord, RecordCodec
+from leyden.sqlite.packing import PackedTokens, PromptIndex, PromptReader
 
 _Key = tuple[str, int, str]
 
