@@ -9,39 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 
-import msgspec
-
 from leyden import wire
 from leyden.errors import ConfigurationError
+from leyden.exported import Export, read_export
 from leyden.instrumentation import instrument, is_instrumented, uninstrument
 from leyden.roles import Route, Routing
-
-EXPORT_FILE = "leyden.json"
-
-EXPORT_SCHEMA = 1
-
-
-class ServedPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """One exported policy."""
-
-    model: str
-    """The name under which the server serves it."""
-    version: int
-    roles: list[str] | None
-    """Shell patterns; `None` takes every role."""
-    sampling: dict[str, object] = {}
-    """How it was sampled in training: for the reader. A deployed app keeps its own parameters."""
-    base_sha256: str | None = None
-    """Of the base weights it was trained from."""
-
-
-class Export(msgspec.Struct, frozen=True, kw_only=True):
-    """What `leyden.json` holds."""
-
-    schema: int
-    policies: dict[str, ServedPolicy]
-    prompts: dict[str, str] = {}
-    """Role -> the system prompt that replaces the agent's own."""
 
 
 class Deployment:
@@ -105,28 +77,3 @@ def deploy(folder: str | Path, base_url: str, *, fallback: bool = False, api_key
         fallback=fallback,
     )
     return Deployment(export, routing)
-
-
-def read_export(folder: Path) -> Export:
-    """Read `leyden.json`.
-
-    Raises:
-        ConfigurationError: it is missing, malformed, or of a newer schema.
-    """
-    file = folder / EXPORT_FILE
-    try:
-        export = msgspec.json.decode(file.read_bytes(), type=Export)
-    except OSError as error:
-        raise ConfigurationError(
-            f"{str(folder)!r} holds no readable {EXPORT_FILE} ({error.strerror}); write it with "
-            f"'leyden export RUN {folder}'"
-        ) from error
-    except msgspec.MsgspecError as error:
-        raise ConfigurationError(
-            f"{str(file)!r} is not an export: {error}; write it again with 'leyden export'"
-        ) from error
-    if export.schema != EXPORT_SCHEMA:
-        raise ConfigurationError(
-            f"{str(file)!r} has schema {export.schema!r}; this Leyden reads {EXPORT_SCHEMA}; export again, or upgrade"
-        )
-    return export

@@ -21,40 +21,14 @@ from typing import cast
 import msgspec
 
 from leyden.errors import ConfigurationError
+from leyden.exported import EXPORT_FILE, POLICIES, Export, ExportedPolicy
 from leyden.looping import LoopThread
 from leyden.runfolder import RUN, STORE, checkpoint_folder, read_json, write_json
 from leyden.spans import Resource, new_id
 from leyden.sqlite import SQLiteStore
 
-EXPORT_SCHEMA = 1
-DESCRIPTION = "leyden.json"
 PROMPTS = "prompts.json"
 INSTRUCTIONS = "SERVE.md"
-POLICIES = "policies"
-
-
-class ExportedPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """One policy of an export."""
-
-    model: str
-    """The name it is served under."""
-    folder: str
-    """Its Hugging Face folder, relative to the export."""
-    version: int
-    roles: list[str] | None
-    """Patterns of the roles it speaks for; `None` is every role."""
-    sampling: dict[str, object]
-    """How it was sampled in training, for the reader: a deployed app keeps its own parameters."""
-    base_sha256: str | None
-    """Of the weights that training started from."""
-
-
-class Export(msgspec.Struct, frozen=True, kw_only=True):
-    """What `leyden.json` holds."""
-
-    policies: dict[str, ExportedPolicy]
-    prompts: dict[str, str] = {}
-    schema: int = EXPORT_SCHEMA
 
 
 class _Chosen(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +64,7 @@ def export(run_folder: str | os.PathLike[str], out: str | os.PathLike[str], *, s
             if policy.get("trainable", True)
         }
         described = Export(policies=found, prompts=chosen.prompts)
-        write_json(partial / DESCRIPTION, described)
+        write_json(partial / EXPORT_FILE, described)
         write_json(partial / PROMPTS, chosen.prompts)
         (partial / INSTRUCTIONS).write_text(_instructions(described, target.name))
         _put_in_place(partial, target)

@@ -26,7 +26,8 @@ class Meter:
         self._at_last_step = (time.monotonic(), 0)
 
     async def record(self, records: Sequence[Record]) -> None:
-        """Count, then store."""
+        """Store, then count: a batch that is refused and tried again counts once."""
+        await self._store.add_records(records)
         tokens = 0
         for record in records:
             if isinstance(record, Completion):
@@ -37,7 +38,6 @@ class Meter:
         if tokens:
             self._tokens += tokens
             self._recent.append((time.monotonic(), tokens))
-        await self._store.add_records(records)
 
     def tokens_per_second(self) -> float:
         """Return the policies' sampled tokens a second over the last seconds."""

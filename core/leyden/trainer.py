@@ -316,6 +316,7 @@ class Trainer:
         untrained = session.step == 0
         if self._val_tasks and (untrained or await _is_evaluated(parts.store, 0, len(self._val_tasks))):
             await session.evaluate(0)
+        parts.meter.step_fields()  # what came before is not the first step's
         timing.training_begins(parts.executor.usages())
         await self._algorithm.run(session)
         timing.training_ends(parts.executor.usages())

@@ -87,30 +87,24 @@ def test_a_request_held_to_the_deadline_stops_the_agent(library: Any, gateway: F
 
 
 @pytest.mark.parametrize("send", [call, async_call])
-def test_a_refused_connection_is_tried_again_for_a_while(
-    send: Any, library: Any, gateway: FakeOpenAI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    listener = socket.socket()
+def test_a_refused_connection_is_tried_again_for_a_while(send: Any, library: Any) -> None:
     port = closed_port()
-    gateway_port = int(gateway.base_url.split(":")[2].removesuffix("/v1"))
 
     def start_late() -> None:
         time.sleep(0.3)
-        listener.bind(("127.0.0.1", port))
-        listener.listen()
-        connection, _ = listener.accept()
-        with connection, socket.create_connection(("127.0.0.1", gateway_port)) as upstream:
-            upstream.sendall(connection.recv(65536))
-            upstream.shutdown(socket.SHUT_WR)
-            while piece := upstream.recv(65536):
-                connection.sendall(piece)
+        with socket.create_server(("127.0.0.1", port)) as listener:
+            connection, _ = listener.accept()
+            with connection:
+                received = b""
+                while not received.endswith(b"}"):
+                    received += connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}")
 
     thread = threading.Thread(target=start_late)
     thread.start()
     with rollout(routing_to(f"http://127.0.0.1:{port}/v1")) as recorded:
         assert send(library, "http://user.invalid").status_code == 200
     thread.join()
-    listener.close()
     assert recorded.context.infrastructure_error is None
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from leyden import plugins
 from leyden.errors import ConfigurationError
-from leyden.export import Export, ExportedPolicy
+from leyden.exported import Export, ExportedPolicy
 from leyden.interfaces import GenerationRequest
 from leyden.roles import Policy
 from leyden.testing.fakes import FakeEngine
@@ -134,7 +134,7 @@ def test_a_folder_without_a_model_or_with_a_broken_description_is_refused(tmp_pa
     with pytest.raises(ConfigurationError, match=r"several models.*leave out 'gpt'"):
         model_folders(export, "gpt")
     (export / "leyden.json").write_text("{}")
-    with pytest.raises(ConfigurationError, match=r"leyden\.json.*is not an export's"):
+    with pytest.raises(ConfigurationError, match=r"leyden\.json.*is not an export"):
         model_folders(export)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from leyden.sqlite import file as sqlite_file
 from leyden.errors import StoreError
 from leyden.spans import SCHEMA_VERSION
 from leyden.sqlite import SQLiteStore
+from leyden.sqlite import file as sqlite_file
 from leyden.sqlite.migrations import APPLICATION_ID, MIGRATIONS, migrate
 from leyden.testing.records import a_completion, a_rollout, a_span
 from leyden.testing.store_contract.harness import unnumbered

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from leyden import export as export_module
-from leyden.deployment import read_export
 from leyden.errors import ConfigurationError
 from leyden.export import export
+from leyden.exported import read_export
 from leyden.runfolder import RUN, STORE, write_json
 from leyden.spans import Checkpoint
 from leyden.sqlite import SQLiteStore

@@ -12,10 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import msgspec
-
 from leyden.errors import ConfigurationError
-from leyden.export import DESCRIPTION, POLICIES, Export
+from leyden.exported import EXPORT_FILE, POLICIES, read_export
 from leyden.interfaces import Access, Engine, Generation, GenerationRequest
 from leyden.looping import LoopThread
 from leyden.plugins import load_plugins
@@ -180,15 +178,16 @@ def model_folders(folder: Path, model_name: str | None = None) -> dict[str, Path
     Raises:
         ConfigurationError: there is none, or `model_name` is given for several.
     """
-    if (folder / DESCRIPTION).is_file():
-        found = read_export(folder)
+    if (folder / EXPORT_FILE).is_file():
+        described = read_export(folder)
+        found = {policy.model: folder / policy.folder for policy in described.policies.values()}
     elif (folder / "config.json").is_file():
         found = {folder.resolve().name: folder}
     else:
         found = {path.parent.name: path.parent for path in sorted(folder.glob(f"{POLICIES}/*/config.json"))}
     if not found:
         raise ConfigurationError(
-            f"{str(folder)!r} holds no model: no {DESCRIPTION}, no config.json and no {POLICIES}; give an export, a "
+            f"{str(folder)!r} holds no model: no {EXPORT_FILE}, no config.json and no {POLICIES}; give an export, a "
             "checkpoint or a Hugging Face folder"
         )
     if model_name is None:
@@ -198,16 +197,3 @@ def model_folders(folder: Path, model_name: str | None = None) -> dict[str, Path
             f"{str(folder)!r} holds several models, {sorted(found)!r}, which keep their names; leave out {model_name!r}"
         )
     return {model_name: next(iter(found.values()))}
-
-
-def read_export(folder: Path) -> dict[str, Path]:
-    """Return the models that an export lists.
-
-    Raises:
-        ConfigurationError: its description cannot be read.
-    """
-    try:
-        described = msgspec.json.decode((folder / DESCRIPTION).read_bytes(), type=Export)
-    except msgspec.DecodeError as error:
-        raise ConfigurationError(f"{str(folder / DESCRIPTION)!r} is not an export's: {error}") from error
-    return {policy.model: folder / policy.folder for policy in described.policies.values()}

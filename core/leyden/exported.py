@@ -1,0 +1,64 @@
+"""What an export folder holds: `leyden.json`, read by whoever serves or deploys it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from leyden.errors import ConfigurationError
+
+EXPORT_FILE = "leyden.json"
+EXPORT_SCHEMA = 1
+POLICIES = "policies"
+"""The folder of Hugging Face folders, one a policy, in exports and in checkpoints."""
+
+
+class ExportedPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """One policy of an export."""
+
+    model: str
+    """The name it is served under."""
+    folder: str
+    """Its Hugging Face folder, relative to the export."""
+    version: int
+    roles: list[str] | None
+    """Patterns of the roles it speaks for; `None` is every role."""
+    sampling: dict[str, object] = {}
+    """How it was sampled in training: for the reader. A deployed app keeps its own parameters."""
+    base_sha256: str | None = None
+    """Of the weights that training started from."""
+
+
+class Export(msgspec.Struct, frozen=True, kw_only=True):
+    """What `leyden.json` holds."""
+
+    policies: dict[str, ExportedPolicy]
+    prompts: dict[str, str] = {}
+    """Role -> the system prompt that replaces the agent's own."""
+    schema: int = EXPORT_SCHEMA
+
+
+def read_export(folder: Path) -> Export:
+    """Read an export's description.
+
+    Raises:
+        ConfigurationError: it is missing, malformed, or of another schema.
+    """
+    file = folder / EXPORT_FILE
+    try:
+        export = msgspec.json.decode(file.read_bytes(), type=Export)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{str(folder)!r} holds no readable {EXPORT_FILE} ({error.strerror}); write it with "
+            f"'leyden export RUN {folder}'"
+        ) from error
+    except msgspec.MsgspecError as error:
+        raise ConfigurationError(
+            f"{str(file)!r} is not an export: {error}; write it again with 'leyden export'"
+        ) from error
+    if export.schema != EXPORT_SCHEMA:
+        raise ConfigurationError(
+            f"{str(file)!r} has schema {export.schema!r}; this Leyden reads {EXPORT_SCHEMA}: export it again or upgrade"
+        )
+    return export
