@@ -18,7 +18,7 @@ spans roles context usage looping
 hookspecs plugins interfaces ownership agents tasks
 sqlite
 tokentree credit mdp rewards
-patching wire_calls wire_clients wire instrumentation
+patching wire instrumentation
 attempts rollouts executors worker measuring workers
 evaluation parts runfolder session spantree preflight show sinks summary
 trainer exported deployment __init__ testing

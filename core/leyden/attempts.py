@@ -104,6 +104,8 @@ async def _run(
         return _failed(spec, context, error)
     except Exception as error:
         return _failed(spec, context, error)
+    if context.infrastructure_error is not None:  # the agent went on without an answer that we owed it
+        return _failed(spec, context, context.infrastructure_error)
     return _result(
         spec,
         context,
@@ -123,7 +125,7 @@ def _record_returned(spec: RolloutSpec, score: object, emitted: _Emitted) -> dic
 
 
 def _failed(spec: RolloutSpec, context: RolloutContext, error: BaseException) -> AttemptResult:
-    ours = context.infrastructure_error or (error if isinstance(error, RolloutError | LostContextError) else None)
+    ours = context.infrastructure_error or _cause(error, (RolloutError, LostContextError))
     shown = ours or error
     return _result(
         spec,
@@ -133,6 +135,13 @@ def _failed(spec: RolloutSpec, context: RolloutContext, error: BaseException) ->
         traceback="".join(traceback.format_exception(shown, limit=-12)),
         infrastructure=ours is not None,
     )
+
+
+def _cause(error: BaseException | None, kinds: tuple[type[BaseException], ...]) -> BaseException | None:
+    """Return the first of `kinds` among an error and its causes: clients wrap what their transport raises."""
+    while error is not None and not isinstance(error, kinds):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _timeout_text(spec: RolloutSpec) -> str:

@@ -126,6 +126,8 @@ class RolloutRunner:
         """Run one attempt; return the rollout's id when it must be tried again."""
         result = await self._execute(rollout, attempt)
         self._leased.discard(rollout.rollout_id)
+        if result.infrastructure and result.error_type == ConfigurationError.__name__:
+            raise ConfigurationError(f"rollout {rollout.rollout_id!r}: {result.error}")  # no attempt could succeed
         if result.infrastructure and attempt < self._rules.max_attempts:
             self.tally.retries += 1
             lost = Outcome(

@@ -71,6 +71,7 @@ def trainer(
         tasks=[question.task for question in questions.load("train")],
         val_tasks=[question.task for question in questions.load("tuning", count=VALIDATION)],
         tasks_per_step=16,
+        evaluate_every=5,
         policies=[policy],
         engine=engine,
         algorithm=algorithm,

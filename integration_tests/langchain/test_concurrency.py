@@ -13,7 +13,7 @@ import pytest
 from integration_tests.langchain.apps import team
 from integration_tests.langchain.conftest import Run
 from leyden.spans import Kind, Status
-from leyden.wire_calls import ModelCall
+from leyden.wire.calls import ModelCall
 from tests.capture.rollouts import Recorded, rollout, routing_to
 from tests.capture.servers import FakeOpenAI
 

@@ -73,8 +73,10 @@ def test_a_script_without_a_main_guard_is_told_to_add_one(tmp_path):
         def solve(task):
             return 1.0
 
-        leyden.Trainer(solve, tasks=[1, 2], tasks_per_step=1, policies=[leyden.Policy("me")],
-                       run={str(tmp_path / "r")!r}, engine=TransformersEngine({str(MODEL)!r}), algorithm=GRPO(group_size=2)).fit(1)
+        leyden.Trainer(
+            solve, tasks=[1, 2], tasks_per_step=1, policies=[leyden.Policy("me")], run={str(tmp_path / "r")!r},
+            engine=TransformersEngine({str(MODEL)!r}), algorithm=GRPO(group_size=2),
+        ).fit(1)
         """)
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT, timeout=120)

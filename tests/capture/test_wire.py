@@ -12,6 +12,7 @@ import pytest
 from leyden import context, wire
 from leyden.context import role
 from leyden.spans import Kind, Status
+from leyden.wire import patches
 from tests.capture.rollouts import rollout, routing_to
 from tests.capture.servers import FakeOpenAI
 
@@ -243,7 +244,7 @@ def test_leydens_clients_are_closed_with_the_wire(library: Any, gateway: FakeOpe
     wire.install()
     with rollout(routing_to(gateway.base_url)), library.Client() as client:
         client.post("http://user.invalid/chat/completions", json=BODY)
-    own = wire._wire.libraries[library.__name__].sync_client()
+    own = patches._wire.libraries[library.__name__].sync_client()
     assert not own.is_closed
     wire.uninstall()
     assert own.is_closed

@@ -112,7 +112,7 @@ def test_a_refused_connection_is_tried_again_for_a_while(send: Any, library: Any
 def test_a_dead_gateway_is_blamed_on_the_infrastructure(
     send: Any, library: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leyden.wire_calls.CONNECT_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("leyden.wire.calls.CONNECT_PATIENCE_SECONDS", 0.2)
     with rollout(routing_to(f"http://127.0.0.1:{closed_port()}/v1")) as recorded:
         with pytest.raises(library.ConnectError) as raised:
             send(library, "http://user.invalid")

@@ -126,6 +126,25 @@ def test_our_own_failures_are_infrastructure():
 
     assert attempt(agent).infrastructure
 
+    def wrapping(task):
+        try:
+            agent(task)
+        except RolloutError as error:
+            raise ValueError("connection error") from error
+
+    result = attempt(wrapping)
+    assert result.infrastructure and result.error_type == "RolloutError"
+
+
+def test_an_agent_that_went_on_without_an_answer_we_owed_it_is_tried_again():
+    def agent(task):
+        frame = current()
+        assert frame is not None and frame.rollout is not None
+        frame.rollout.infrastructure_error = ConnectionError("the gateway is gone")
+        return 1.0
+
+    assert attempt(agent).infrastructure
+
 
 def test_an_output_that_is_not_json_is_kept_as_its_repr():
     result = attempt(lambda task: object, reward=lambda task, output, rollout: 1)

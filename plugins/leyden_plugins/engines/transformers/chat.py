@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ class Chat:
         self.takes_strings = False
         self.forms: tuple[CallForm, ...] = (HERMES,)
         self._prompts: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
+        self._prompts_lock = threading.Lock()
         if getattr(codec.tokenizer, "chat_template", None):
             self._learn_form()
         openings = "".join(form.opening for form in self.forms)
@@ -81,15 +83,17 @@ class Chat:
             ConfigurationError: the template refuses these messages, or they hold more than text.
         """
         key = msgspec.json.encode((messages, tools))
-        known = self._prompts.get(key)
-        if known is not None:
-            self._prompts.move_to_end(key)
-            return known
+        with self._prompts_lock:  # an engine that is served twice renders on two loops
+            known = self._prompts.get(key)
+            if known is not None:
+                self._prompts.move_to_end(key)
+                return known
         text = self._render([self._message(message) for message in messages], tools, ask=True)
         tokens = tuple(self.codec.encode(text))
-        self._prompts[key] = tokens
-        if len(self._prompts) > REMEMBERED_PROMPTS:
-            self._prompts.popitem(last=False)
+        with self._prompts_lock:
+            self._prompts[key] = tokens
+            if len(self._prompts) > REMEMBERED_PROMPTS:
+                self._prompts.popitem(last=False)
         return tokens
 
     def parse(self, text: str) -> Parsed:

@@ -25,8 +25,8 @@ from leyden.context import Frame
 from leyden.errors import LostContextError, RolloutError
 from leyden.patching import Patches, forget_import, when_imported
 from leyden.roles import Routing
-from leyden.wire_calls import DIALECTS, ModelCall, open_call
-from leyden.wire_clients import Library
+from leyden.wire.calls import DIALECTS, ModelCall, open_call
+from leyden.wire.clients import Library
 
 logger = logging.getLogger(__name__)
 
@@ -319,14 +319,3 @@ def falls_back(call: ModelCall, error: Exception) -> bool:
 def warn_of_fallback(base_url: str, reason: str) -> None:
     """Log that a server does not answer."""
     logger.warning("%s cannot be reached (%s); the app's own model answers instead (fallback=True)", base_url, reason)
-
-
-__all__ = [
-    "default_routing",
-    "install",
-    "is_installed",
-    "is_routed",
-    "lost_calls",
-    "set_default_routing",
-    "uninstall",
-]

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from leyden.errors import DeadlineExceeded
-from leyden.wire_calls import ModelCall, Patience
+from leyden.wire.calls import ModelCall, Patience
 
 HTTP_HELD = 503
 
