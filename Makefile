@@ -13,7 +13,7 @@ setup: ## make .venv with everything the demo and the tests need (PYTHON=... pic
 	@$(BOOT) scripts/setup.py
 
 demo: setup ## train a small text-to-SQL agent on this machine (STEPS=n for a shorter run)
-	@$(VENV)/python examples/text_to_sql/train.py $(if $(STEPS),--steps $(STEPS))
+	@$(VENV)/python -m examples.text_to_sql.train $(if $(STEPS),--steps $(STEPS))
 
 test: ## run everything: environment, lint and types, unit tests, integration tests
 	@$(BOOT) scripts/stages.py test
@@ -24,7 +24,7 @@ lint: setup ## check style and types
 	@$(VENV)/mypy
 
 bench: setup ## measure the demo
-	@$(VENV)/python benchmarks/demo.py
+	@$(VENV)/python -m benchmarks.demo
 
 clean: ## delete the environment, caches and build outputs; runs/ stays
 	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

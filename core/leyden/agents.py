@@ -7,7 +7,6 @@ import contextvars
 import importlib
 import inspect
 from collections.abc import Callable
-from concurrent.futures import Executor as ThreadPool
 from dataclasses import dataclass
 
 from leyden.errors import ConfigurationError
@@ -83,11 +82,11 @@ def load(path: str, *, is_factory: bool = False) -> Agent | PerRollout:
     return found  # type: ignore[return-value]  # checked by check_agent
 
 
-async def call(function: Agent | PerRollout, *arguments: object, threads: ThreadPool) -> object:
+async def call(function: Agent | PerRollout, *arguments: object) -> object:
     """Call the agent: async functions here, sync ones in a thread with a copy of this context."""
     target = function.factory() if isinstance(function, PerRollout) else function
     if inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(getattr(target, "__call__", None)):  # noqa: B004
         return await target(*arguments)  # type: ignore[misc]  # just found to be a coroutine function
     context = contextvars.copy_context()
-    result = await asyncio.get_running_loop().run_in_executor(threads, lambda: context.run(target, *arguments))
+    result = await asyncio.get_running_loop().run_in_executor(None, lambda: context.run(target, *arguments))
     return await result if inspect.isawaitable(result) else result

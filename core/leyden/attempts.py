@@ -6,9 +6,9 @@ Whatever the agent does ends in an `AttemptResult`; nothing of it is raised.
 from __future__ import annotations
 
 import asyncio
+import threading
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Executor as ThreadPool
 from dataclasses import dataclass, field
 
 import msgspec
@@ -26,13 +26,21 @@ CANCEL_GRACE_SECONDS = 2.0
 
 @dataclass
 class _Emitted:
-    """Takes the records of one attempt, and refuses a reward given twice."""
+    """Takes the records of one attempt until it is over, and refuses a reward given twice. Thread-safe."""
 
     sink: Callable[[Record], None]
     keys: dict[tuple[object, ...], float] = field(default_factory=dict)
     names: dict[str, float] = field(default_factory=dict)
+    is_over: bool = False
+    """What threads and tasks that the agent left behind still record is dropped: the attempt is judged already."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, record: Record) -> None:
+        with self.lock:
+            if not self.is_over:
+                self._take(record)
+
+    def _take(self, record: Record) -> None:
         if isinstance(record, Reward):
             key = (record.name, record.target_role, record.target_span, record.index)
             if key in self.keys:
@@ -51,7 +59,6 @@ async def run_attempt(
     agent: Agent | PerRollout,
     *,
     sink: Callable[[Record], None],
-    threads: ThreadPool,
     reward: RewardFunction | None = None,
 ) -> AttemptResult:
     """Run the agent on `spec.task` and score it.
@@ -68,18 +75,19 @@ async def run_attempt(
         routing=spec.routing,
         timeout_seconds=spec.timeout_seconds,
     )
-    job = asyncio.ensure_future(_run(spec, agent, reward, context, emitted, threads))
+    job = asyncio.ensure_future(_run(spec, agent, reward, context, emitted))
     try:
         done, _ = await asyncio.wait({job}, timeout=spec.timeout_seconds)
         if not done:
             await _cancel(job)
-            return _result(spec, context, error=_timeout_text(spec), error_type="TimeoutError", timed_out=True)
+            return _timed_out(spec, context)
         return job.result()
     except asyncio.CancelledError:
         job.cancel()
         raise
     finally:
         context.close()
+        emitted.is_over = True
 
 
 async def _run(
@@ -88,21 +96,19 @@ async def _run(
     reward: RewardFunction | None,
     context: RolloutContext,
     emitted: _Emitted,
-    threads: ThreadPool,
 ) -> AttemptResult:
     try:
         with rollout_scope(context) as root:
-            output = await call(agent, spec.task, threads=threads)
-            score = output if reward is None else await call(reward, spec.task, output, context, threads=threads)
+            output = await call(agent, spec.task)
+            score = output if reward is None else await call(reward, spec.task, output, context)
             found = _record_returned(spec, score, emitted)
             root.attributes["leyden.rewards"] = dict(emitted.names)
     except DeadlineExceeded:
-        return _result(spec, context, error=_timeout_text(spec), error_type="TimeoutError", timed_out=True)
-    except asyncio.CancelledError as error:
-        if asyncio.current_task() is not None and asyncio.current_task().cancelling():  # type: ignore[union-attr]
+        return _timed_out(spec, context)
+    except BaseException as error:  # an agent that calls sys.exit() must not end the loop of all the others
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
             raise
-        return _failed(spec, context, error)
-    except Exception as error:
         return _failed(spec, context, error)
     if context.infrastructure_error is not None:  # the agent went on without an answer that we owed it
         return _failed(spec, context, context.infrastructure_error)
@@ -144,8 +150,11 @@ def _cause(error: BaseException | None, kinds: tuple[type[BaseException], ...]) 
     return error
 
 
-def _timeout_text(spec: RolloutSpec) -> str:
-    return f"the agent took longer than timeout_seconds={spec.timeout_seconds!r}"
+def _timed_out(spec: RolloutSpec, context: RolloutContext) -> AttemptResult:
+    if context.infrastructure_error is not None:  # it waited for an answer that we owed it
+        return _failed(spec, context, context.infrastructure_error)
+    text = f"the agent took longer than timeout_seconds={spec.timeout_seconds!r}"
+    return _result(spec, context, error=text, error_type="TimeoutError", timed_out=True)
 
 
 def _result(

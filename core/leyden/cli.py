@@ -26,7 +26,7 @@ from leyden.hookspecs import KINDS, Component
 from leyden.interfaces import RolloutRecords
 from leyden.plugins import Plugins, load_plugins
 from leyden.runfolder import RESUME_STEPS_VARIABLE, RESUME_VARIABLE, RUN, STORE, read_json
-from leyden.show import one_line, printable, span_tree, task_text
+from leyden.show import one_line, printable, program, span_tree, task_text
 from leyden.spans import FINISHED, Mode, Rollout, RolloutState
 from leyden.spantree import model_calls
 from leyden.sqlite import SQLiteStore
@@ -188,7 +188,7 @@ async def _one_rollout(folder: Path, wanted: str | None) -> RolloutRecords:
             near = f"{len(found)} rollouts start like this: {', '.join(found[:5])}" if found else "there is none"
             where = shlex.quote(str(folder))
             raise ConfigurationError(
-                f"rollout {wanted!r} in {str(folder)!r}: {near}; `leyden rollouts {where}` lists them"
+                f"rollout {wanted!r} in {str(folder)!r}: {near}; `{program()} rollouts {where}` lists them"
             )
         return (await store.records(found))[0]
 
@@ -216,7 +216,8 @@ def _run_folder(given: str | None) -> Path:
 def export_command(options: argparse.Namespace) -> int:
     """Write policies out and say what to do with them."""
     out = export(options.run, options.out, step=options.step)
-    print(f"wrote {out}; {out / 'SERVE.md'} says how to serve and call it, first: leyden serve {shlex.quote(str(out))}")
+    print(f"wrote {out}; {out / 'SERVE.md'} says how to serve and call it")
+    print(f"first: {program()} serve {shlex.quote(str(out))}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Run attempts in this process, as coroutines and threads.
+"""Run attempts in this process, as coroutines and threads, on an event loop of their own.
 
 Another process is usually faster (`leyden.workers`): this executor shares the interpreter lock with the
 gateway, the engine's loop and the learner. It is what lambdas, closures and notebook functions need.
@@ -7,19 +7,32 @@ gateway, the engine's loop and the learner. It is what lambdas, closures and not
 from __future__ import annotations
 
 import asyncio
+import copy
+import dataclasses
+import functools
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from leyden.agents import PerRollout
 from leyden.attempts import run_attempt
 from leyden.instrumentation import instrument
 from leyden.interfaces import Agent, AttemptResult, RewardFunction, RolloutSpec
+from leyden.looping import LoopThread
 from leyden.spans import Record
 from leyden.usage import Usage
 
 
+@functools.cache
+def agents_loop() -> LoopThread:
+    """Return the one loop of this process on which agents run.
+
+    Not the trainer's: an async agent that blocks would wait for a gateway that its own waiting stops. Never closed:
+    clients that live as long as the process (langchain-openai's) break on a second loop.
+    """
+    return LoopThread("leyden-agents")
+
+
 class InProcessExecutor:
-    """Coroutines on the trainer's loop, sync agents in threads; `concurrency` at a time."""
+    """Coroutines on the agents' loop, sync agents in threads; `concurrency` at a time."""
 
     def __init__(
         self, agent: Agent | PerRollout, *, reward: RewardFunction | None = None, concurrency: int = 64
@@ -27,7 +40,6 @@ class InProcessExecutor:
         self._agent = agent
         self._reward = reward
         self._slots = asyncio.Semaphore(concurrency)
-        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="leyden-agent")
         self._sink: Callable[[Sequence[Record]], Awaitable[None]] | None = None
 
     async def start(self, sink: Callable[[Sequence[Record]], Awaitable[None]]) -> None:
@@ -39,10 +51,10 @@ class InProcessExecutor:
         """Run one attempt; its records reach the sink before this returns."""
         assert self._sink is not None, "start() comes before run()"
         records: list[Record] = []
+        own = dataclasses.replace(spec, task=copy.deepcopy(spec.task))  # the agent may change it, as in a worker
         async with self._slots:
-            result = await run_attempt(
-                spec, self._agent, sink=records.append, threads=self._threads, reward=self._reward
-            )
+            attempt = run_attempt(own, self._agent, sink=records.append, reward=self._reward)
+            result = await agents_loop().submit(attempt).wait()
         await self._sink(records)
         return result
 
@@ -51,4 +63,4 @@ class InProcessExecutor:
         return ()
 
     async def stop(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Free nothing: the loop is the process's."""

@@ -56,7 +56,8 @@ def preflight(
         if policy.trainable and own:
             lines.append(_ratio_line(policy, own, learner))
     lines += sampling_lines(policies)
-    lines.append(f"at most {rollouts_to_come * seconds / max(1, len(rollouts)) / 3600:.2f} h at the pace of this group")
+    longest = rollouts_to_come * seconds / max(1, len(rollouts))
+    lines.append(f"{rollouts_to_come:,} training rollouts to come: at most {_duration(longest)} at this group's pace")
     if tally.failures:
         lines.append(f"failures so far: {_counts(tally.failures)}")
     return lines + [f"warning: {warning}" for warning in warnings]
@@ -84,7 +85,17 @@ def _ratio_line(policy: Policy, transitions: Sequence[Transition], learner: Lear
             f"policy {policy.name!r}: the engine's log-probabilities differ from the learner's by up to {worst:.3g} "
             f"nats a token (ratio {math.exp(worst):.3g}); they must serve the same weights at the same precision"
         )
-    return f"policy {policy.name!r}: engine and learner agree, probability ratio within {math.expm1(worst):.1e} of 1"
+    return (
+        f"policy {policy.name!r}: engine and learner give the sampled tokens "
+        + ("exactly the same probabilities" if worst == 0 else f"probabilities equal to {100 * math.expm1(worst):.2g} %")
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration in a unit that fits."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _counts(counts: dict[str, int]) -> str:

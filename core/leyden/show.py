@@ -6,8 +6,13 @@ colour the screen or hide what stands before it.
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 
 from leyden.interfaces import RolloutRecords
 from leyden.spans import Completion, Kind, Reward, Rollout, Status
@@ -77,6 +82,16 @@ def task_text(task: object) -> str:
             if isinstance(task.get(name), str) and task[name]:
                 return str(task[name])
     return as_text(task)
+
+
+def program() -> str:
+    """Return what starts this environment's `leyden` from here, in commands that people copy."""
+    ours, found = Path(sys.executable).with_name("leyden"), shutil.which("leyden")
+    if not ours.exists():
+        return f"{shlex.quote(sys.executable)} -m leyden.cli"
+    if found is not None and os.path.samefile(found, ours):
+        return "leyden"
+    return shlex.quote(str(ours.relative_to(Path.cwd()) if ours.is_relative_to(Path.cwd()) else ours))
 
 
 def seconds(ns: int) -> str:

@@ -62,8 +62,8 @@ def example_table(before: Sequence[RolloutRecords], after: Sequence[RolloutRecor
     return [
         {
             "task": b.task,
-            "before": {"output": b.output, "reward": b.reward},
-            "after": {"output": a.output, "reward": a.reward},
+            "before": {"rollout": b.rollout_id, "output": b.output, "reward": b.reward},
+            "after": {"rollout": a.rollout_id, "output": a.output, "reward": a.reward},
         }
         for b, a in pairs[:EXAMPLES]
     ]

@@ -7,12 +7,14 @@ pipe. Records of an attempt are sent before its result.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
+import sys
 import threading
 import traceback
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 
 import msgspec
@@ -21,8 +23,12 @@ from leyden import agents
 from leyden.attempts import run_attempt
 from leyden.instrumentation import instrument
 from leyden.interfaces import AttemptResult, RolloutSpec
+from leyden.looping import DaemonThreads
+from leyden.redaction import Redactor
 from leyden.spans import Record
 from leyden.usage import Usage, usage
+
+log = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 0.02
 """Records and results are gathered this long and cross the pipe in one message."""
@@ -68,7 +74,6 @@ def worker_main(pipe: Connection, setup: WorkerSetup) -> None:
     global _in_worker
     _in_worker = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the trainer decides what Ctrl-C means
-    encode = msgspec.msgpack.Encoder().encode
     try:
         instrument()
         agent = agents.load(setup.agent, is_factory=setup.is_factory)
@@ -77,18 +82,21 @@ def worker_main(pipe: Connection, setup: WorkerSetup) -> None:
         text = f"a worker process could not import the agent {setup.agent!r}:\n{traceback.format_exc()}"
         pipe.send_bytes(encode(FromWorker(fatal=text)))
         return
-    asyncio.run(_Worker(pipe, setup, agent, reward).serve())
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    loop.set_default_executor(DaemonThreads())
+    loop.run_until_complete(_Worker(pipe, agent, reward).serve())
     pipe.close()
-    os._exit(0)  # abandoned agent threads must not keep the process alive
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)  # what abandoned agents still do must not keep the process alive
 
 
 class _Worker:
-    def __init__(self, pipe: Connection, setup: WorkerSetup, agent: object, reward: object) -> None:
+    def __init__(self, pipe: Connection, agent: object, reward: object) -> None:
         self._pipe = pipe
         self._agent = agent
         self._reward = reward
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._threads = ThreadPoolExecutor(setup.concurrency, thread_name_prefix="leyden-agent")
         self._records: deque[Record] = deque()
         self._results: list[AttemptResult] = []
         self._flush_handle: asyncio.TimerHandle | None = None
@@ -98,7 +106,7 @@ class _Worker:
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._read, args=(loop,), name="leyden-pipe", daemon=True).start()
-        self._pipe.send_bytes(self._encode(FromWorker(is_ready=True, usage=usage())))
+        self._pipe.send_bytes(encode(FromWorker(is_ready=True, usage=usage())))
         await self._stopped.wait()
         for job in self._jobs:
             job.cancel()
@@ -126,7 +134,6 @@ class _Worker:
             spec,
             self._agent,  # type: ignore[arg-type]  # load() and check_agent() vouch for it
             sink=self._records.append,
-            threads=self._threads,
             reward=self._reward,  # type: ignore[arg-type]  # as above
         )
         self._results.append(result)
@@ -137,4 +144,24 @@ class _Worker:
         self._flush_handle = None
         records = [self._records.popleft() for _ in range(len(self._records))]  # agent threads append meanwhile
         results, self._results = self._results, []
-        self._pipe.send_bytes(self._encode(FromWorker(records=records, results=results, usage=usage())))
+        try:
+            self._pipe.send_bytes(encoded(records, results))
+        except BrokenPipeError:
+            pass  # the trainer is gone, and `_read` has seen it
+        except BaseException:
+            log.exception("a worker process cannot hand over its results, so it ends")
+            os._exit(1)  # the trainer then counts these attempts as lost, where it would wait for ever
+
+
+encode = msgspec.msgpack.Encoder(enc_hook=repr).encode
+"""What MessagePack does not know (an attribute may be any object) crosses as its `repr`."""
+
+
+def encoded(records: Sequence[Record], results: Sequence[AttemptResult]) -> bytes:
+    """Return the message of these, cleaned of what a pipe cannot carry."""
+    try:
+        return encode(FromWorker(records=list(records), results=list(results), usage=usage()))
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        # Integers beyond 64 bits, lone surrogates, values that hold themselves; the store would clean them too.
+        plain = {"records": records, "results": [vars(result) for result in results], "usage": usage()}
+        return encode(Redactor().clean(plain))

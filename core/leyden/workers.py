@@ -8,6 +8,7 @@ new one takes its place.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import multiprocessing
 import threading
@@ -29,6 +30,7 @@ GUARD_HINT = (
     '    if __name__ == "__main__":\n'
     "because a worker imports the script to find the agent."
 )
+UNUSED = Usage(cpu_seconds=0.0, peak_memory_bytes=0)
 MAX_RESTARTS = 3
 """How often a worker may die before the run stops: a crash that comes back is not bad luck."""
 
@@ -37,13 +39,19 @@ class _Worker:
     """One worker process and the attempts it holds."""
 
     def __init__(
-        self, setup: WorkerSetup, loop: asyncio.AbstractEventLoop, records: asyncio.Queue[list[Record]]
+        self,
+        setup: WorkerSetup,
+        loop: asyncio.AbstractEventLoop,
+        records: asyncio.Queue[list[Record]],
+        before: Usage = UNUSED,
     ) -> None:
+        """Start the process; `before` is what the dead ones used whose place it takes."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self.process = context.Process(target=worker_main, args=(theirs, setup), daemon=True, name="leyden-worker")
         self.ready: asyncio.Future[None] = loop.create_future()
-        self.usage = Usage(cpu_seconds=0.0, peak_memory_bytes=0)
+        self._before = before
+        self._usage = UNUSED
         self.pending: dict[tuple[str, int], asyncio.Future[AttemptResult]] = {}
         self.is_dead = False
         self._loop = loop
@@ -52,6 +60,14 @@ class _Worker:
         self.process.start()
         theirs.close()
         threading.Thread(target=self._read, name="leyden-worker-reader", daemon=True).start()
+
+    @property
+    def usage(self) -> Usage:
+        """What this place used so far: the seconds of all its processes, the memory of the largest."""
+        return Usage(
+            cpu_seconds=self._before.cpu_seconds + self._usage.cpu_seconds,
+            peak_memory_bytes=max(self._before.peak_memory_bytes, self._usage.peak_memory_bytes),
+        )
 
     def send(self, message: ToWorker) -> None:
         with self._send_lock:
@@ -64,13 +80,17 @@ class _Worker:
                 message = decoder.decode(self._pipe.recv_bytes())
                 self._loop.call_soon_threadsafe(self._take, message)
         except (EOFError, OSError):
-            with_loop_closed = self._loop.is_closed()
-            if not with_loop_closed:
-                self._loop.call_soon_threadsafe(self._died)
+            log.debug("worker %s closed its pipe", self.process.pid)
+        except Exception:
+            log.exception("worker %s sent what cannot be read, so it is ended", self.process.pid)
+            self.process.kill()
+        self.process.join(timeout=5)
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._died)
 
     def _take(self, message: FromWorker) -> None:
         if message.usage is not None:
-            self.usage = message.usage
+            self._usage = message.usage
         if message.fatal is not None and not self.ready.done():
             self.ready.set_exception(ConfigurationError(message.fatal))
         elif message.is_ready and not self.ready.done():
@@ -84,7 +104,6 @@ class _Worker:
 
     def _died(self) -> None:
         self.is_dead = True
-        self.process.join(timeout=5)
         text = f"worker process {self.process.pid} ended with exit code {self.process.exitcode}"
         if not self.ready.done():
             self.ready.set_exception(ConfigurationError(f"{text} before it was ready. {GUARD_HINT}"))
@@ -133,7 +152,6 @@ class WorkerExecutor:
         self._count = workers
         self._slots = asyncio.Semaphore(workers * concurrency)
         self._workers: list[_Worker] = []
-        self._gone: list[Usage] = []
         self._restarts = 0
         self._records: asyncio.Queue[list[Record]] = asyncio.Queue()
         self._pump: asyncio.Task[None] | None = None
@@ -169,8 +187,8 @@ class WorkerExecutor:
         return result
 
     def usages(self) -> Sequence[Usage]:
-        """Return what each worker process used, those that ended included."""
-        return [*self._gone, *(worker.usage for worker in self._workers)]
+        """Return what each worker used, with the processes that died in its place."""
+        return [worker.usage for worker in self._workers]
 
     async def stop(self) -> None:
         """End the workers and hand over their last records."""
@@ -189,8 +207,9 @@ class WorkerExecutor:
                         "a negative code is a signal: -9 usually means that the machine ran out of memory"
                     )
                 log.warning("a worker process died (exit code %s); starting another", worker.process.exitcode)
-                self._gone.append(worker.usage)
-                self._workers[index] = _Worker(self._setup, asyncio.get_running_loop(), self._records)
+                self._workers[index] = _Worker(
+                    self._setup, asyncio.get_running_loop(), self._records, worker.usage
+                )
                 await self._workers[index].ready
         return self._workers
 

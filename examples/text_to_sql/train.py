@@ -90,16 +90,16 @@ def main() -> None:
     options = parser.parse_args()
     with serving_engine(options.seed) as engine:
         training = trainer(engine, algorithm(options.seed), seed=options.seed, run=options.run)
-        training.fit(options.steps, resume=options.resume)
-        show_deployed(training.run_folder)
+        summary = training.fit(options.steps, resume=options.resume)
+        show_deployed(training.run_folder, summary["steps"])
 
 
-def show_deployed(run: Path) -> None:
+def show_deployed(run: Path, steps: object) -> None:
     """Export the run, serve it, and answer one question with the app itself: no trainer takes part."""
     from leyden.export import export
     from leyden_plugins.gateway import serve_folder
 
-    folder = run / "export"
+    folder = run / f"export-step-{steps}"
     if not folder.exists():
         export(run, folder)
     task = questions.load("tuning", count=1)[0].task

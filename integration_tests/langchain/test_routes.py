@@ -114,7 +114,14 @@ def test_a_roles_prompt_replaces_its_system_message_and_leaves_the_state_alone(
 def test_a_deployed_export_serves_the_nodes_of_a_running_app(
     run: Run, user_server: FakeOpenAI, gateway: FakeOpenAI, tmp_path: Path
 ) -> None:
-    policy = {"model": "served", "version": 3, "roles": ["trained"], "sampling": {}, "base_sha256": None}
+    policy = {
+        "model": "served",
+        "folder": "policies/p",
+        "version": 3,
+        "roles": ["trained"],
+        "sampling": {},
+        "base_sha256": None,
+    }
     (tmp_path / "leyden.json").write_text(json.dumps({"schema": 1, "policies": {"p": policy}, "prompts": {}}))
     llm = model(user_server.base_url)
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import leyden
 from leyden.attempts import run_attempt
@@ -17,8 +16,7 @@ def attempt(agent, *, reward=None, timeout=5.0, records=None) -> AttemptResult:
         rollout_id="r1", attempt=1, task={"x": 3}, mode=Mode.TRAIN, timeout_seconds=timeout, routing=None
     )
     sink: list[Record] = [] if records is None else records
-    with ThreadPoolExecutor(2) as threads:
-        return asyncio.run(run_attempt(spec, agent, sink=sink.append, threads=threads, reward=reward))
+    return asyncio.run(run_attempt(spec, agent, sink=sink.append, reward=reward))
 
 
 def test_async_sync_and_factory_agents_return_their_reward():

@@ -116,7 +116,7 @@
     return svg("svg", { width: 200, height: 30, viewBox: "0 0 200 30", "aria-hidden": "true" }, shapes);
   }
   function heldOut() {
-    const names = [...new Set(Object.keys(before).concat(Object.keys(after)))];
+    const names = [...new Set(Object.keys(before).concat(Object.keys(after)))].sort((a, b) => (b === "reward") - (a === "reward"));
     if (!names.length) return;
     section("Held-out tasks", "Mean over tasks with its 95 % bootstrap interval; the gain compares the same tasks before and after. Grey is before, blue after.");
     page.append(table(["reward", "", "before", "after", "gain", "tasks"], names.map((name) => [
@@ -287,6 +287,12 @@
     const cut = (one) => (names.length === 1 ? one[names[0]] : Object.fromEntries(names.map((name) => [name, one[name]])));
     return names.length ? [cut(first), cut(second)] : [first, second];
   }
+  function labelled(output) {
+    if (typeof output !== "object" || output === null || Array.isArray(output)) return [["", plain(output)]];
+    const names = new Map();
+    for (const [name, value] of Object.entries(output)) names.set(plain(value), [...(names.get(plain(value)) || []), name]);
+    return [...names].map(([value, same]) => [same.join(", "), value]);
+  }
   function examples() {
     const found = summary.examples || [];
     if (!found.length) return;
@@ -294,7 +300,8 @@
     page.append(el("div", { class: "examples" }, found.map((one) => {
       const [first, second] = differing((one.before || {}).output, (one.after || {}).output);
       const side = (label, facts, output) => el("div", null, el("h3", null, `${label}: reward ${compact((facts || {}).reward)}`),
-        output === null || output === undefined ? null : el("pre", null, plain(output)));
+        output === null || output === undefined ? null : labelled(output).map(([name, value]) =>
+          el("div", null, name ? el("div", { class: "fine" }, name) : null, el("pre", null, value))));
       return el("div", { class: "example" }, el("p", null, taskText(one.task)),
         el("div", { class: "sides" }, side("Before", one.before, first), side("After", one.after, second)));
     })));

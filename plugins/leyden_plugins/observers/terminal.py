@@ -11,10 +11,13 @@ import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import cast
 
 from leyden.extras import extra
-from leyden.show import one_line, printable, task_text
+from leyden.runfolder import REPORT
+from leyden.rewards import DEFAULT_REWARD
+from leyden.show import one_line, printable, program, task_text
 
 with extra("train"):
     from rich.box import SIMPLE
@@ -27,6 +30,8 @@ LINE_SECONDS = 3.0
 """Least time between two plain lines."""
 PLAIN_WIDTH = 110
 OUTPUT_CHARACTERS = 300
+LABEL_CHARACTERS = 30
+HEAD_WIDTH = len("before reward 1")
 
 
 class TerminalSink:
@@ -169,7 +174,7 @@ def _evaluations(summary: Mapping[str, object]) -> Table | None:
     if not before and not after:
         return None
     table = _table("Held-out, mean with 95 % interval", ("reward", "before", "after", "gain", "tasks"))
-    for name in dict.fromkeys([*before, *after]):
+    for name in sorted({**before, **after}, key=lambda name: name != DEFAULT_REWARD):
         last = _mapping(after.get(name) or before.get(name))
         cells = [interval(_mapping(one.get(name))) for one in (before, after)]
         table.add_row(*map(_text, (name, *cells, interval(_mapping(gain.get(name)), sign="+"), last.get("n", ""))))
@@ -202,23 +207,39 @@ def _roles(summary: Mapping[str, object]) -> Table | None:
 
 
 def _examples(summary: Mapping[str, object]) -> list[Text]:
-    found = summary.get("examples")
+    """Return a few tasks with what was answered before and after."""
     lines: list[Text] = []
-    for example in found if isinstance(found, Sequence) and not isinstance(found, str) else ():
-        facts = _mapping(example)
-        before, after = _mapping(facts.get("before")), _mapping(facts.get("after"))
+    for facts in _example_facts(summary):
         lines.append(Text("\n" + one_line(task_text(facts.get("task")), OUTPUT_CHARACTERS), style="bold"))
-        outputs = differing(before.get("output"), after.get("output"))
-        for when, one, shown in (("before", before, outputs[0]), ("after", after, outputs[1])):
-            reward = _number(one.get("reward"), "g")
-            lines.append(Text(f"  {when:6} reward {reward}  {one_line(shown, OUTPUT_CHARACTERS)}".rstrip()))
+        sides = [_mapping(facts.get(when)) for when in ("before", "after")]
+        outputs = differing(*(side.get("output") for side in sides))
+        for when, side, output in zip(("before", "after"), sides, outputs, strict=True):
+            head = f"{when:6} reward {_number(side.get('reward'), 'g')}"
+            for label, text in labelled(output):
+                lines.append(Text(f"  {head:{HEAD_WIDTH}}  {label}{text}".rstrip()))
+                head = ""
     return lines
+
+
+def _example_facts(summary: Mapping[str, object]) -> list[Mapping[str, object]]:
+    found = summary.get("examples")
+    return [_mapping(one) for one in found] if isinstance(found, Sequence) and not isinstance(found, str) else []
+
+
+def labelled(output: object) -> list[tuple[str, str]]:
+    """Return an output as lines with their labels; fields of one value share a line, a lone value has no label."""
+    if not isinstance(output, Mapping) or not output:
+        return [("", one_line("" if output is None else output, OUTPUT_CHARACTERS))]
+    names: dict[str, list[str]] = {}
+    for name, value in output.items():
+        names.setdefault(one_line(value, OUTPUT_CHARACTERS), []).append(one_line(name, LABEL_CHARACTERS))
+    return [(", ".join(same) + ": ", text) for text, same in names.items()]
 
 
 def differing(before: object, after: object) -> tuple[object, object]:
     """Return what to show of two outputs: of two mappings only where they differ; nothing for `None`."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
-        names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+        names = [name for name in {**before, **after} if before.get(name) != after.get(name)] or list(after)
         if len(names) == 1:
             return before.get(names[0], ""), after.get(names[0], "")
         return {name: before.get(name) for name in names}, {name: after.get(name) for name in names}
@@ -251,21 +272,22 @@ def _facts(summary: Mapping[str, object]) -> list[Text]:
 
 
 def _next(summary: Mapping[str, object]) -> list[Text]:
+    """Return commands that can be copied as they stand."""
     run = summary.get("run_folder")
     if run is None:
         return []
-    folder = shlex.quote(str(run))
+    folder, leyden = shlex.quote(str(run)), program()
+    shown = [str(_mapping(one.get("after")).get("rollout") or "") for one in _example_facts(summary)[:1]]
     rows = [
-        (f"leyden rollouts {folder}", "every rollout"),
-        (f"leyden show {folder} ROLLOUT", "one of them: who said what, token by token with --tokens"),
+        (f"{leyden} rollouts {folder}", "every rollout"),
+        (" ".join([leyden, "show", folder, *map(shlex.quote, filter(None, shown))]), "one of them: who said what"),
     ]
     if summary.get("checkpoint"):
-        rows.append((f"leyden serve {shlex.quote(str(summary['checkpoint']))}", "the trained model, OpenAI style"))
-        rows.append((f"leyden export {folder} OUT", "a folder for your app"))
-    rows.append((f"leyden report {folder}", f"writes {folder}/report.html again"))
+        rows.append((f"{leyden} serve {shlex.quote(str(summary['checkpoint']))}", "the trained model, OpenAI style"))
+        rows.append((f"{leyden} export {folder} exported", "a folder for your app"))
     width = max(len(command) for command, _ in rows)
-    shown = [f"  {command.ljust(width)}  {what}" for command, what in rows]
-    return [Text(printable(line)) for line in ("\nTry next", *shown)]
+    page = f"\ncurves, table and rollouts in a browser: {Path(str(run)).resolve() / REPORT}"
+    return [Text(printable(line)) for line in (page, "\nTry next", *(f"  {one:{width}}  # {two}" for one, two in rows))]
 
 
 def _table(title: str, header: Sequence[str]) -> Table:
