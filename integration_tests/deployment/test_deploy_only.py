@@ -28,22 +28,25 @@ OWN_KEY, SERVED_KEY = "sk-the-apps-own-key", "sk-of-the-trained-server"
 ABSENT = ("torch", "transformers", "numpy", "starlette", "uvicorn", "rich")
 
 APP = """
-import json, sys
-import leyden
+import asyncio, json, sys
+import leyden, openai
 from leyden.wire import calls
 from examples.text_to_sql.agent import graph
 from examples.text_to_sql.databases import path
 
 calls.CONNECT_PATIENCE_SECONDS = 0.2  # of a server that is down; nobody waits for it here
 folder, base_url, fallback, tasks = json.load(sys.stdin)
-with leyden.deploy(folder, base_url, fallback=fallback, api_key="{key}"):
+
+async def main():
     for task in tasks:
-        try:
-            state = graph.invoke({{"question": task["question"], "database": str(path(task["database"]))}})
-        except Exception as error:
-            print(json.dumps({{"error": type(error).__name__}}))
-            break
+        state = await graph.ainvoke({{"question": task["question"], "database": str(path(task["database"]))}})
         print(json.dumps({{"sql": state["sql"]}}))
+
+with leyden.deploy(folder, base_url, fallback=fallback, api_key="{key}"):
+    try:
+        asyncio.run(main())
+    except openai.APIConnectionError as error:
+        print(json.dumps({{"error": "APIConnectionError"}}))
 """
 
 

@@ -30,7 +30,6 @@ def leyden_register(registry: Registry) -> None:
     )
 
     registry.credit("broadcast", lazy("leyden.credit:broadcast"), summary="every call gets the whole return")
-    registry.credit("discounted", lazy("leyden.credit:discounted"), summary="earlier calls get less of it")
 
     registry.store("sqlite", lazy("leyden.sqlite:SQLiteStore"), summary="one SQLite file in the run's folder")
     registry.executor(

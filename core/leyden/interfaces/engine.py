@@ -1,0 +1,146 @@
+"""What samples tokens, for several policies by name."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+from leyden.roles import Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParameters:
+    """What one request asks for, after the policy's own sampling replaced the agent's."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    max_tokens: int | None = None
+    """`None`: up to the context length."""
+    n: int = 1
+
+    @property
+    def is_off_distribution(self) -> bool:
+        """True when log-softmax(logits / temperature) is not the distribution sampled from."""
+        return (
+            self.temperature == 0
+            or self.top_p < 1
+            or self.top_k > 0
+            or self.min_p > 0
+            or self.frequency_penalty != 0
+            or self.presence_penalty != 0
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One model call, in no dialect: the gateway translates every dialect into this."""
+
+    model: str
+    """A policy's name, or `base`."""
+    messages: Sequence[Mapping[str, object]]
+    """OpenAI chat messages; empty when `prompt_token_ids` is given."""
+    tools: Sequence[Mapping[str, object]] = ()
+    """OpenAI function tools."""
+    tool_choice: str | Mapping[str, object] = "auto"
+    prompt_token_ids: Sequence[int] | None = None
+    """The exact prompt, in place of `messages`."""
+    sampling: SamplingParameters = field(default_factory=SamplingParameters)
+    stream: bool = True
+    """False: the caller waits for whole answers, so an engine may give each choice as one delta."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """A piece of one choice. The token ids of a choice's deltas, joined, are exactly what was sampled."""
+
+    index: int
+    """Which choice, 0 to n - 1."""
+    text: str = ""
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    """Aligned with `token_ids`: log-softmax(logits / temperature) before masks and penalties."""
+    tool_calls: Sequence[Mapping[str, object]] = ()
+    """Complete OpenAI tool calls (id, type, function{name, arguments}), given once they are parsed."""
+    finish_reason: Literal["stop", "length", "tool_calls", "abort"] | None = None
+    """Set on the last delta of a choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """A running generation. Closing `deltas` early aborts it and frees its place in the batch."""
+
+    prompt_token_ids: Sequence[int]
+    version: int
+    """The policy version that samples every token of this generation; 0 for `base`."""
+    deltas: AsyncIterator[Delta]
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Samples tokens for several policies by name.
+
+    Duties: a request keeps the version it started with; a version number is never reused; log-probabilities follow
+    DESIGN's convention; caches are keyed by version; aborted requests free their place.
+    """
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens a prompt and its answer may have together."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """The base weights' folder or hub name; the learner starts from the same."""
+        ...
+
+    def sha256(self, model: str) -> str:
+        """Return a digest over the tensors served under a name now."""
+        ...
+
+    def models(self) -> Sequence[str]:
+        """Return the names served now."""
+        ...
+
+    async def start(self, policies: Sequence[Policy]) -> None:
+        """Load the base weights and serve them as `base` and, as version 0, under each policy's name. Idempotent."""
+        ...
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Begin a generation.
+
+        Raises:
+            ContextLengthError: the prompt leaves no room for an answer.
+            ConfigurationError: an unknown model, or an option this engine cannot honour.
+            EngineError: the engine cannot serve now; the call may be retried.
+        """
+        ...
+
+    async def publish(self, policy: str, version: int, weights: Weights) -> None:
+        """Serve `weights` as `version` of `policy` for requests that begin after this returns.
+
+        Waits for requests in flight of that policy where the weights cannot be kept side by side.
+        """
+        ...
+
+    async def stop(self) -> None:
+        """Free everything; requests in flight end with `EngineError`. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A policy's weights on their way to an engine: in memory, in a folder, or both."""
+
+    tensors: Mapping[str, object] | None = None
+    """Parameter name -> tensor, in the Hugging Face names; the engine copies what it keeps."""
+    folder: Path | None = None
+    """A Hugging Face checkpoint folder."""
