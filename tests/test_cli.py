@@ -106,6 +106,28 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys: Captured) -> 
     assert "rollouts" in capsys.readouterr().err
 
 
+def test_without_a_command_the_help_is_shown(capsys: Captured) -> None:
+    assert main([]) == 0
+    assert "rollouts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["rollouts", "--limit", "0"], "must be a whole number of at least 1, got '0'"),
+        (["serve", "x", "--port", "99999"], "must be a whole number from 0 to 65535, got '99999'"),
+        (["serve", "x/policies/sql", "--engine", "vlm"], "no engine is named 'vlm'. Known: transformers"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_words(arguments: list[str], complaint: str, run: Path, capsys: Captured) -> None:
+    try:
+        status: object = main([part.replace("x/", f"{run}/checkpoints/step-000002/") for part in arguments])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert complaint in capsys.readouterr().err
+
+
 # ---- looking
 
 
@@ -143,7 +165,7 @@ def test_an_ambiguous_or_unknown_rollout_is_refused_with_help(run: Path, capsys:
     assert "4 rollouts start like this: s1-t0-0, s1-t0-1" in capsys.readouterr().err
     assert main(["show", str(run), "nobody"]) == 2
     shown = capsys.readouterr().err
-    assert "'nobody'" in shown and f"`leyden rollouts {run}` lists them" in shown
+    assert "'nobody'" in shown and f"leyden rollouts {run}` lists them" in shown
 
 
 def test_without_a_folder_the_newest_run_is_meant(run: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +205,11 @@ def test_serving_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: Cap
     assert "holds no model" in capsys.readouterr().err
 
 
+def test_serving_a_run_names_its_newest_checkpoint(run: Path, capsys: Captured) -> None:
+    assert main(["serve", str(run)]) == 2
+    assert f"such as {str(run / 'checkpoints' / 'step-000002')!r}" in capsys.readouterr().err
+
+
 # ---- going on
 
 
@@ -206,6 +233,16 @@ def test_resume_runs_the_recorded_command_with_the_run_in_its_environment(run: P
     shown, said = found.stdout.splitlines()
     assert shown.startswith(f"LEYDEN_RESUME={run.resolve()} ") and shown.endswith("--fast 'a b'")
     assert said == f"['--fast', 'a b'] {run.resolve()} 9"
+
+
+def test_resume_works_from_another_folder_than_the_one_the_run_was_started_in(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import os; print(os.getcwd(), os.environ['LEYDEN_RESUME'])")
+    record = {**run_record(2), "command": [sys.executable, "train.py"], "working_folder": str(tmp_path)}
+    write_json(run / RUN, record)
+    command = [sys.executable, "-m", "leyden.cli", "resume", run.name]
+    found = subprocess.run(command, cwd=run.parent, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines()[-1] == f"{tmp_path} {run.resolve()}"
 
 
 def test_the_status_of_a_resumed_script_is_that_of_resume(run: Path, tmp_path: Path) -> None:

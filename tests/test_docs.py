@@ -77,7 +77,9 @@ def test_a_python_sample_parses_and_names_what_exists(name: str, code: str) -> N
         if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith(ANOTHER_PACKAGE):
             module = import_module(node.module)
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
-        is_of_leyden = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "leyden"
+        is_of_leyden = (
+            isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "leyden"
+        )
         if is_of_leyden:
             assert hasattr(import_module("leyden"), node.attr), f"leyden.{node.attr}"
 

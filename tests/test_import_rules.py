@@ -21,7 +21,7 @@ tokentree credit mdp rewards
 patching wire instrumentation
 attempts rollouts executors worker measuring workers
 evaluation parts runfolder session spantree preflight show sinks summary
-trainer exported deployment __init__ testing
+jobs trainer exported deployment __init__ testing
 doctor export cli __main__
 """
 CORE_ORDER = tuple(ORDER.split())

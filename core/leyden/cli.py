@@ -66,6 +66,9 @@ def _run(given: list[str]) -> int:
         if given[0] in plugins.names("command"):
             command = cast("Callable[[Sequence[str]], int]", plugins.get("command", given[0]))
             return command(given[1:])
+    if not given:
+        _parser().print_help()
+        return 0
     options = _parser().parse_args(given)
     return COMMANDS[options.command](options)
 
@@ -291,10 +294,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequen
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _may_color() -> bool:

@@ -36,8 +36,10 @@ class Evaluation:
     step: int
     """The training step after which it was made; 0 is before training."""
     values: Mapping[str, Mapping[str, float]]
-    """Reward name -> task id -> value; `reward` is the weighted total. A failed rollout counts 0."""
+    """Reward name -> task id -> value; `reward` is the weighted total. A failed rollout counts its failure reward, or
+    0 without one; one that returned `NO_REWARD` is left out."""
     failures: int
+    """Rollouts that raised, timed out, were lost or had no reward."""
 
     def estimate(self, name: str = TOTAL) -> Estimate:
         """Return the mean of one reward over tasks."""
@@ -73,6 +75,8 @@ def evaluation_of(step: int, records: Sequence[RolloutRecords]) -> Evaluation:
     names = {TOTAL} | {reward.name for one in records for reward in one.rewards if _is_global(reward)}
     values: dict[str, dict[str, float]] = {name: {} for name in names}
     for one in records:
+        if one.rollout.reward is None and one.rollout.error_type is None:
+            continue
         task_id = one.rollout.task_id
         found: dict[str, float] = {}
         for reward in one.rewards:

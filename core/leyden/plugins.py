@@ -120,8 +120,7 @@ class Plugins:
         known = self.names(kind)
         near = difflib.get_close_matches(name, known, n=1)
         message = f"no {kind} is named {name!r}"
-        if near:
-            message += f"; did you mean {near[0]!r}?"
+        message += f"; did you mean {near[0]!r}?" if near else "."
         message += f" Known: {', '.join(known) or 'none'}."
         if self.broken:
             message += f" Plugins skipped because they failed to load: {', '.join(b.name for b in self.broken)}."

@@ -46,18 +46,21 @@ def preflight(
     rollouts = [one.rollout for one in group.rollouts]
     refuse_rewardless(rollouts, agent)
     warnings = check_roles(policies, tally.spoken, tally.declared) if tally.spoken else []
-    lines = [f"roles seen (model calls): {_counts(tally.spoken)}"]
+    lines = [f"roles seen (model calls): {_counts(tally.spoken)}"] if tally.spoken else []
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     lines.append(f"rewards of the first group: {', '.join(f'{reward:g}' for reward in rewards) or 'none'}")
     if len(set(rewards)) < 2:
         lines.append("note: no spread in this group, so it teaches nothing; fine now and then, not in every group")
     for policy in policies:
-        own = [transition for transition in transitions if transition.policy == policy.name]
+        own = [one for one in transitions if one.policy == policy.name and not one.off_distribution]
         if policy.trainable and own:
             lines.append(_ratio_line(policy, own, learner))
     lines += sampling_lines(policies)
-    longest = rollouts_to_come * seconds / max(1, len(rollouts))
-    lines.append(f"{rollouts_to_come:,} training rollouts to come: at most {_duration(longest)} at this group's pace")
+    if tally.rollouts >= len(rollouts):  # otherwise a killed run left some of them in the store, ready at once
+        longest = rollouts_to_come * seconds / max(1, len(rollouts))
+        lines.append(
+            f"{rollouts_to_come:,} training rollouts to come: at most {_duration(longest)} at this group's pace"
+        )
     if tally.failures:
         lines.append(f"failures so far: {_counts(tally.failures)}")
     return lines + [f"warning: {warning}" for warning in warnings]
@@ -65,29 +68,31 @@ def preflight(
 
 def sampling_lines(policies: Sequence[Policy]) -> list[str]:
     """Say what replaces the agent's own sampling in training rollouts."""
+    own = "the agent's own values"
     return [
         f"policy {p.name!r} samples with temperature={p.sampling.temperature}, top_p={p.sampling.top_p}, "
         f"top_k={p.sampling.top_k} in training; evaluation uses "
-        f"{'the agent’s own values' if p.eval_sampling.temperature is None else p.eval_sampling}"
+        f"{own if p.eval_sampling.temperature is None else p.eval_sampling}"
         for p in policies
     ]
 
 
 def _ratio_line(policy: Policy, transitions: Sequence[Transition], learner: Learner) -> str:
     """Compare recorded with recomputed log-probabilities: before any update the ratio is 1."""
-    worst = 0.0
     computed = learner.logprobs(policy.name, mdp.rows(mdp.weigh(transitions, "per_rollout"), layout="calls"))
-    for transition, ours in zip(transitions, computed, strict=True):
-        for recorded, recomputed in zip(transition.logprobs, ours, strict=True):
-            worst = max(worst, abs(recorded - recomputed))
-    if worst > MAX_LOGPROB_DIFFERENCE:
+    differences = [
+        abs(recorded - recomputed)
+        for transition, ours in zip(transitions, computed, strict=True)
+        for recorded, recomputed in zip(transition.logprobs, ours, strict=True)
+    ]
+    worst = max(differences, default=0.0)
+    if not all(difference <= MAX_LOGPROB_DIFFERENCE for difference in differences):  # also when one is NaN
         raise EngineError(
             f"policy {policy.name!r}: the engine's log-probabilities differ from the learner's by up to {worst:.3g} "
             f"nats a token (ratio {math.exp(worst):.3g}); they must serve the same weights at the same precision"
         )
-    return (
-        f"policy {policy.name!r}: engine and learner give the sampled tokens "
-        + ("exactly the same probabilities" if worst == 0 else f"probabilities equal to {100 * math.expm1(worst):.2g} %")
+    return f"policy {policy.name!r}: engine and learner give the sampled tokens " + (
+        "exactly the same probabilities" if worst == 0 else f"probabilities equal to {100 * math.expm1(worst):.2g} %"
     )
 
 

@@ -7,16 +7,19 @@ reward, and the tokens of its completed calls are trained: otherwise the policy 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from leyden.errors import ConfigurationError, RolloutError
+from leyden.errors import ConfigurationError, RolloutError, StoreError
 from leyden.interfaces import Access, AttemptResult, Executor, Gateway, Outcome, RolloutSpec, Store
 from leyden.ownership import current_owner
 from leyden.rewards import total
 from leyden.roles import Policy, Route, Routing, routes_for
 from leyden.spans import Mode, Reward, Rollout, RolloutState
+
+log = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60.0
 """How long a started rollout is ours without renewal."""
@@ -81,7 +84,8 @@ class RolloutRunner:
         self._routes: tuple[Route, ...] = routes_for(policies)
         self._rules = rules
         self._owner = current_owner()
-        self._leased: set[str] = set()
+        self._leased: dict[str, int] = {}
+        """Rollout id -> attempt of those under way."""
         self._renewer: asyncio.Task[None] | None = None
 
     async def run(
@@ -97,6 +101,11 @@ class RolloutRunner:
             rollouts: new or known ones; their ids decide.
             versions: policy -> the version that samples now.
             finished: called as each ends, for progress.
+
+        Raises:
+            ConfigurationError: no attempt could succeed, such as one at an API that is not served.
+            RolloutError: workers died too often, or another process holds some of these rollouts.
+            StoreError: the store cannot be written.
         """
         await self._store.add_rollouts(rollouts)
         if self._renewer is None:
@@ -108,24 +117,44 @@ class RolloutRunner:
                 waiting, owner=self._owner, lease_seconds=LEASE_SECONDS, versions=versions
             )
             self._leased.update(started)
-            again = await asyncio.gather(
-                *(self._attempt(by_id[rollout_id], attempt, finished) for rollout_id, attempt in started.items())
+            again = await _all(
+                [self._attempt(by_id[rollout_id], attempt, finished) for rollout_id, attempt in started.items()]
             )
             waiting = [rollout_id for rollout_id in again if rollout_id is not None]
+        await self._refuse_unfinished(by_id)
 
     async def close(self) -> None:
-        """Stop renewing leases."""
+        """Stop renewing leases; queue again what was under way, so that a resume in this process can have it."""
         if self._renewer is not None:
             self._renewer.cancel()
             await asyncio.gather(self._renewer, return_exceptions=True)
             self._renewer = None
+        left, self._leased = self._leased, {}
+        for rollout_id, attempt in left.items():
+            try:
+                lost = Outcome(rollout_id=rollout_id, attempt=attempt, state=RolloutState.LOST)
+                await self._store.finish([lost])
+                await self._store.requeue([rollout_id])
+            except StoreError as error:  # it has just ended after all, or the store fails, which is being reported
+                log.debug("rollout %s was not queued again: %s", rollout_id, error)
+
+    async def _refuse_unfinished(self, rollout_ids: Container[str]) -> None:
+        running = [
+            rollout.rollout_id
+            for rollout in await self._store.rollouts(state=RolloutState.RUNNING)
+            if rollout.rollout_id in rollout_ids
+        ]
+        if running:
+            raise RolloutError(
+                f"rollouts {running!r} are held by another run of this process or another one; end it, or wait "
+                f"{LEASE_SECONDS:g} seconds, and resume"
+            )
 
     async def _attempt(
         self, rollout: Rollout, attempt: int, finished: Callable[[Rollout, AttemptResult], None] | None
     ) -> str | None:
         """Run one attempt; return the rollout's id when it must be tried again."""
         result = await self._execute(rollout, attempt)
-        self._leased.discard(rollout.rollout_id)
         if result.infrastructure and result.error_type == ConfigurationError.__name__:
             raise ConfigurationError(f"rollout {rollout.rollout_id!r}: {result.error}")  # no attempt could succeed
         if result.infrastructure and attempt < self._rules.max_attempts:
@@ -138,10 +167,12 @@ class RolloutRunner:
                 error_type=result.error_type,
             )
             await self._store.finish([lost])
+            self._leased.pop(rollout.rollout_id, None)
             await self._store.requeue([rollout.rollout_id])
             return rollout.rollout_id
         outcome = self._judge(result)
         await self._store.finish([outcome])
+        self._leased.pop(rollout.rollout_id, None)
         self._count(result, outcome)
         if finished is not None:
             finished(rollout, result)
@@ -149,7 +180,7 @@ class RolloutRunner:
         return None
 
     async def _execute(self, rollout: Rollout, attempt: int) -> AttemptResult:
-        training = rollout.mode is not Mode.EVALUATE
+        training = rollout.mode is Mode.TRAIN
         token = self._gateway.admit(
             Access(
                 rollout_id=rollout.rollout_id,
@@ -210,8 +241,8 @@ class RolloutRunner:
     def _no_reward_text(self, result: AttemptResult) -> str:
         if result.rewards is None:
             return (
-                "the agent returned None and emitted no reward; return a number (or leyden.NO_REWARD to drop the "
-                "rollout on purpose), or give the Trainer a reward= function"
+                "the agent returned None and emitted no reward for the whole rollout; return a number (or "
+                "leyden.NO_REWARD to drop the rollout on purpose), or give the Trainer a reward= function"
             )
         return (
             f"the rewards {dict(result.rewards)!r} lack one of those with a weight: "
@@ -231,6 +262,18 @@ class RolloutRunner:
             await asyncio.sleep(LEASE_SECONDS / 3)
             if self._leased:
                 await self._store.renew(sorted(self._leased), owner=self._owner, lease_seconds=LEASE_SECONDS)
+
+
+async def _all(attempts: Sequence[Coroutine[object, object, str | None]]) -> Sequence[str | None]:
+    """Wait for all; when one raises, end the others first: nothing runs on while the parts are closed."""
+    tasks = [asyncio.ensure_future(attempt) for attempt in attempts]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 def refuse_rewardless(rollouts: Sequence[Rollout], agent: str) -> None:

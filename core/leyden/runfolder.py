@@ -23,6 +23,9 @@ SUMMARY = "summary.json"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 
+PARTIAL = ".partial"
+"""Ends the name of what is still being written."""
+
 RESUME_VARIABLE = "LEYDEN_RESUME"
 """`leyden resume` sets it to the run folder, so that a script's own `fit(steps=...)` goes on."""
 RESUME_STEPS_VARIABLE = "LEYDEN_RESUME_STEPS"
@@ -36,7 +39,7 @@ def checkpoint_folder(step: int) -> str:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
     os.replace(partial, path)
 
@@ -61,7 +64,7 @@ def claim(folder: Path, *, resume: bool) -> None:
     Raises:
         ConfigurationError: it holds a run and `resume` is false, or holds none and `resume` is true.
     """
-    exists = (folder / STORE).exists()
+    exists = (folder / RUN).exists()  # written once the parts have started; before that there is nothing to keep
     if exists and not resume:
         raise ConfigurationError(
             f"{str(folder)!r} already holds a run; go on with fit(resume=True) or `leyden resume {folder}`, "
@@ -72,13 +75,14 @@ def claim(folder: Path, *, resume: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def drop_old_checkpoints(folder: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what an interrupted one left behind."""
+def drop_old_checkpoints(folder: Path, step: int, *, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints up to `step`, just committed, and what a killed run left behind."""
     root = folder / CHECKPOINTS
-    for left in root.glob("*.partial"):
-        shutil.rmtree(left, ignore_errors=True)
-    for old in sorted(root.glob("step-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    newest = root / Path(checkpoint_folder(step)).name
+    complete = sorted(path for path in root.glob("step-*") if path.suffix != PARTIAL and path <= newest)
+    for path in root.glob("step-*"):
+        if path not in complete[-keep:]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def note_path(info: Mapping[str, object]) -> Path:

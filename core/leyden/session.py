@@ -13,6 +13,7 @@ from pathlib import Path
 
 from leyden import mdp
 from leyden.credit import Credit
+from leyden.errors import RolloutError
 from leyden.evaluation import Evaluation, evaluation_of
 from leyden.interfaces import (
     AttemptResult,
@@ -25,7 +26,7 @@ from leyden.interfaces import (
 from leyden.parts import Parts
 from leyden.roles import Policy
 from leyden.rollouts import refuse_all_failed
-from leyden.runfolder import checkpoint_folder, drop_old_checkpoints
+from leyden.runfolder import PARTIAL, checkpoint_folder, drop_old_checkpoints
 from leyden.spans import Checkpoint, Mode, Resource, Rollout, Update, new_id, now_ns
 
 
@@ -88,16 +89,24 @@ class TrainingSession:
         self._first_step = first_step
         self._report_step = report_step
         self._report_progress = report_progress
+        self._saved_step = first_step - 1
         self._updated: dict[str, int] = {}
         self._clock = Clock()
 
+    @property
+    def is_stopped_early(self) -> bool:
+        """True when a stop was requested before the last step."""
+        return self.stop_requested and self.step < self.total_steps
+
     async def steps(self) -> AsyncIterator[int]:
-        """Yield the steps still to do; ends early when a stop was requested."""
+        """Yield the steps still to do; ends early, with a checkpoint, when a stop was requested."""
         for step in range(self._first_step, self.total_steps + 1):
             if self.stop_requested:
-                return
+                break
             self.step = step
             yield step
+        if self.step > self._saved_step:  # the stop came while the last step was being reported
+            await self.checkpoint(self.step)
 
     async def sample(self, step: int, *, group_size: int) -> Sequence[Group]:
         """Run `group_size` rollouts of each of the step's tasks; stored ones are reused.
@@ -106,18 +115,32 @@ class TrainingSession:
             RolloutError: every one of them failed.
         """
         groups = await self.sample_tasks(step, self.tasks_of(step), group_size=group_size)
-        refuse_all_failed([one.rollout for group in groups for one in group.rollouts], self._parts.runner.tally)
+        try:
+            refuse_all_failed([one.rollout for group in groups for one in group.rollouts], self._parts.runner.tally)
+        except RolloutError:
+            await self.discard(step)
+            raise
         return groups
+
+    async def discard(self, step: int) -> None:
+        """Leave the step's rollouts so far out: a resume samples it anew. They stay in the store, to be looked at."""
+        times = await self._discarded(step)
+        await self._parts.store.put_meta(_discarded_key(step), str(times + 1))
+
+    async def _discarded(self, step: int) -> int:
+        return int(await self._parts.store.get_meta(_discarded_key(step)) or 0)
 
     async def sample_tasks(self, step: int, indices: Sequence[int], *, group_size: int) -> Sequence[Group]:
         """Run `group_size` rollouts of each of these tasks as part of `step`."""
         started = time.monotonic()
+        times = await self._discarded(step)
+        prefix = f"s{step}.{times}" if times else f"s{step}"
         planned = [
             Rollout(
-                rollout_id=f"s{step}-t{index}-{sample}",
+                rollout_id=f"{prefix}-t{index}-{sample}",
                 task=self._tasks[index],
                 task_id=f"t{index}",
-                group_id=f"s{step}-t{index}",
+                group_id=f"{prefix}-t{index}",
                 mode=Mode.TRAIN,
                 step=step,
             )
@@ -158,6 +181,8 @@ class TrainingSession:
 
     async def update(self, policy: Policy, batches: Sequence[Sequence[TrainingRow]], loss: Loss) -> Mapping[str, float]:
         """Take one optimizer step a batch, off the loop."""
+        if not batches:
+            return {}
         started = time.monotonic()
         metrics = await asyncio.to_thread(self._update, policy, batches, loss)
         self._clock.add("learn", time.monotonic() - started)
@@ -181,8 +206,7 @@ class TrainingSession:
         self._clock.add("publish", time.monotonic() - started)
         found = dict(metrics)
         found["policy/updates"] = float(len(updates))
-        every = self._schedule.evaluate_every
-        if every and step % every == 0 and step < self.total_steps and self._val_tasks:
+        if self._is_evaluation_due(step):
             started = time.monotonic()
             found.update(_flat(await self.evaluate(step)))
             self._clock.add("evaluate", time.monotonic() - started)
@@ -193,6 +217,15 @@ class TrainingSession:
         found.update({f"time/{phase}_seconds": seconds for phase, seconds in self._clock.seconds.items()})
         self._clock = Clock()
         self._report_step(step, found)
+
+    def _is_evaluation_due(self, step: int) -> bool:
+        """Say whether to evaluate between two steps; the last step's evaluation is the run's end."""
+        every = self._schedule.evaluate_every
+        return (
+            bool(every and step % every == 0 and self._val_tasks)
+            and step < self.total_steps
+            and not self.stop_requested
+        )
 
     async def _publish(self, step: int, groups: Sequence[Group]) -> Sequence[Update]:
         """Serve the updated policies' weights under new versions and write the ledger."""
@@ -248,7 +281,7 @@ class TrainingSession:
         """Write weights, optimizer and RNG, then commit: a kill before the commit leaves the earlier one valid."""
         relative = checkpoint_folder(step)
         final = self._folder / relative
-        partial = final.with_name(final.name + ".partial")
+        partial = final.with_name(final.name + PARTIAL)
         await asyncio.to_thread(self._write_checkpoint, partial, final)
         await self._parts.store.commit_checkpoint(
             Checkpoint(
@@ -259,10 +292,11 @@ class TrainingSession:
                 created_ns=now_ns(),
             )
         )
-        drop_old_checkpoints(self._folder, keep=self._schedule.keep_checkpoints)
+        self._saved_step = step
+        drop_old_checkpoints(self._folder, step, keep=self._schedule.keep_checkpoints)
 
     def _write_checkpoint(self, partial: Path, final: Path) -> None:
-        for left in (partial, final):
+        for left in (partial, final):  # of a run that was killed before its commit
             if left.exists():
                 shutil.rmtree(left)
         partial.mkdir(parents=True)
@@ -292,6 +326,10 @@ class TrainingSession:
 
         await self._parts.runner.run(planned, versions=self.versions, finished=finished)
         return await self._parts.store.records([rollout.rollout_id for rollout in planned])
+
+
+def _discarded_key(step: int) -> str:
+    return f"discarded/{step}"
 
 
 def learning_rate(policy: Policy, step: int, total_steps: int) -> float:

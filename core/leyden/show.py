@@ -16,7 +16,7 @@ from pathlib import Path
 
 from leyden.interfaces import RolloutRecords
 from leyden.spans import Completion, Kind, Reward, Rollout, Status
-from leyden.spantree import Message, Node, answer_of, as_text, nodes, prompt_of, token_counts
+from leyden.spantree import Message, Node, answer_of, as_text, attributes_of, nodes, prompt_of, token_counts
 
 SHORT_LINES = 6
 """Lines of a text that are shown unless all is asked for."""
@@ -91,7 +91,10 @@ def program() -> str:
         return f"{shlex.quote(sys.executable)} -m leyden.cli"
     if found is not None and os.path.samefile(found, ours):
         return "leyden"
-    return shlex.quote(str(ours.relative_to(Path.cwd()) if ours.is_relative_to(Path.cwd()) else ours))
+    # `leyden resume` has gone into the folder that the run was started from; the reader's shell may be elsewhere.
+    here = Path.cwd()
+    is_near = ours.is_relative_to(here) and os.environ.get("PWD", str(here)) == str(here)
+    return shlex.quote(str(ours.relative_to(here) if is_near else ours))
 
 
 def seconds(ns: int) -> str:
@@ -145,7 +148,8 @@ def _node_lines(node: Node, paint: _Paint, *, text: bool, whole: bool, tokens: b
 
 def _title(node: Node, paint: _Paint) -> str:
     span = node.span
-    parts = [f"{span.kind.value} {paint(_BOLD, one_line(span.name, 80))}", paint(_CYAN, one_line(span.role, 40))]
+    name = "" if span.name == span.kind.value else f" {paint(_BOLD, one_line(span.name, 80))}"
+    parts = [f"{span.kind.value}{name}", paint(_CYAN, one_line(span.role, 40))]
     if span.kind not in (Kind.REWARD, Kind.MESSAGE, Kind.EVENT):
         parts.append(seconds(span.end_ns - span.start_ns))
     counts = token_counts(node)
@@ -175,9 +179,7 @@ def _text_lines(node: Node, paint: _Paint, *, whole: bool) -> list[str]:
         lines = [line for one in shown for line in _message_lines(">", one, whole)]
         return lines + [paint(_GREEN, line) for one in answer_of(node) for line in _message_lines("<", one, whole)]
     return [
-        f"{name} = {one_line(value, 2000 if whole else SHORT_CHARACTERS)}"
-        for name, value in sorted(node.span.attributes.items())
-        if value not in (None, "", [], {})
+        f"{name} = {one_line(value, 2000 if whole else SHORT_CHARACTERS)}" for name, value in attributes_of(node.span)
     ]
 
 

@@ -15,6 +15,9 @@ import msgspec
 from leyden.interfaces import RolloutRecords
 from leyden.spans import Completion, Kind, Reward, Span
 
+SHOWN_ELSEWHERE = frozenset({"leyden.rewards"})
+"""Attributes that stand in the tree in another form."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
@@ -80,6 +83,16 @@ def _in_order(spans: Sequence[Span]) -> list[tuple[Span, tuple[bool, ...]]]:
             below = children[span.span_id]
             stack += [(child, (*last, index == 0)) for index, child in enumerate(reversed(below))]
     return order
+
+
+def attributes_of(span: Span) -> list[tuple[str, object]]:
+    """Return the attributes worth reading, by name: none that are empty or repeat who speaks or its rewards."""
+    told = ("", span.name, span.role)
+    return [
+        (name, value)
+        for name, value in sorted(span.attributes.items())
+        if value is not None and value not in ([], {}, *told) and name not in SHOWN_ELSEWHERE
+    ]
 
 
 def prompt_of(span: Span) -> list[Message]:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,8 +15,7 @@ from leyden.evaluation import Evaluation
 from leyden.interfaces import RolloutRecords
 from leyden.parts import Blueprint
 from leyden.roles import RESERVED_MODEL, Policy, matches
-from leyden.rollouts import Tally
-from leyden.spans import Checkpoint, Kind
+from leyden.spans import FINISHED, Checkpoint, Kind, Mode, Rollout
 
 EXAMPLES = 3
 
@@ -98,30 +98,47 @@ def accuracy_fields(evaluations: Mapping[str, Mapping[str, Mapping[str, float]]]
     return fields
 
 
+def rollout_counts(rollouts: Sequence[Rollout]) -> dict[str, object]:
+    """Count finished rollouts: `rollouts` are those of training and of evaluation together."""
+    finished = [rollout for rollout in rollouts if rollout.state in FINISHED]
+    modes = Counter(rollout.mode for rollout in finished)
+    return {
+        "rollouts": len(finished),
+        "train_rollouts": modes[Mode.TRAIN],
+        "evaluation_rollouts": modes[Mode.EVALUATE],
+        "failures": dict(Counter(rollout.error_type for rollout in finished if rollout.error_type is not None)),
+        "retries": sum(max(0, rollout.attempt - 1) for rollout in rollouts),
+    }
+
+
 def run_summary(
     *,
     folder: Path,
     checkpoint: Checkpoint | None,
     step: int,
+    total_steps: int,
+    resumed_after: int | None,
     seed: int,
     policies: Sequence[Policy],
     evaluations: Mapping[int, Evaluation],
     before: Sequence[RolloutRecords],
     after: Sequence[RolloutRecords],
-    tally: Tally,
+    rollouts: Sequence[Rollout],
 ) -> dict[str, object]:
-    """Return what a run came to; times and counts are added by the trainer.
+    """Return what a run came to. Calls, tokens, times and memory are added by the trainer, since its last start.
 
     Args:
         folder: the run's.
         checkpoint: the latest.
         step: the last finished one.
+        total_steps: asked for; more than `step` when the run was stopped.
+        resumed_after: the step after which it was resumed; `None` for a run in one go.
         seed: the run's.
         policies: the run's.
         evaluations: by step; 0 is before training.
         before: evaluation rollouts of step 0.
         after: evaluation rollouts of the last step.
-        tally: of all rollouts.
+        rollouts: all of the run's store, also those from before a resume.
     """
     tables: dict[str, dict[str, dict[str, float]]] = {}
     if 0 in evaluations and step in evaluations:
@@ -134,14 +151,15 @@ def run_summary(
         "run_folder": str(folder),
         "checkpoint": None if checkpoint is None else str(folder / checkpoint.folder),
         "steps": step,
+        "total_steps": total_steps,
+        "resumed_after": resumed_after,
         "seed": seed,
         **accuracy_fields(tables),
         "evaluations": tables,
+        "evaluation_failures": {str(at): found.failures for at, found in sorted(evaluations.items())},
         "roles": role_table(after, policies),
         "examples": example_table(before, after),
-        "failures": dict(tally.failures),
-        "retries": tally.retries,
-        "rollouts": tally.rollouts,
+        **rollout_counts(rollouts),
         "versions": package_versions(),
     }
 

@@ -10,7 +10,7 @@ from leyden.errors import DatasetError
 
 
 def checked_tasks(tasks: Iterable[object], *, name: str, may_be_empty: bool = False) -> Sequence[object]:
-    """Return the tasks as a list.
+    """Return the tasks as plain JSON values: the same ones in this process, in a worker and in the store.
 
     Raises:
         DatasetError: not iterable, empty, or a task that is not a JSON value; names its position.
@@ -24,8 +24,9 @@ def checked_tasks(tasks: Iterable[object], *, name: str, may_be_empty: bool = Fa
         if task is None:
             raise DatasetError(f"{name}[{index}] is None; a task is a JSON value such as a dict")
         try:
-            msgspec.json.encode(task)
-        except (TypeError, ValueError, msgspec.MsgspecError) as error:
+            found[index] = msgspec.json.decode(msgspec.json.encode(task))  # a tuple becomes a list, as in a worker
+            msgspec.msgpack.encode(found[index])  # which knows no integers beyond 64 bits
+        except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
             raise DatasetError(
                 f"{name}[{index}] is not a JSON value ({error}): {task!r}. Tasks are stored and sent to workers; "
                 "give plain dicts, lists, strings, numbers and booleans"

@@ -7,6 +7,7 @@ pipe. Records of an attempt are sent before its result.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -87,8 +88,9 @@ def worker_main(pipe: Connection, setup: WorkerSetup) -> None:
     loop.set_default_executor(DaemonThreads())
     loop.run_until_complete(_Worker(pipe, agent, reward).serve())
     pipe.close()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    with contextlib.suppress(OSError, ValueError):  # nobody reads them any more
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(0)  # what abandoned agents still do must not keep the process alive
 
 
@@ -146,7 +148,7 @@ class _Worker:
         results, self._results = self._results, []
         try:
             self._pipe.send_bytes(encoded(records, results))
-        except BrokenPipeError:
+        except OSError:
             pass  # the trainer is gone, and `_read` has seen it
         except BaseException:
             log.exception("a worker process cannot hand over its results, so it ends")

@@ -207,9 +207,7 @@ class WorkerExecutor:
                         "a negative code is a signal: -9 usually means that the machine ran out of memory"
                     )
                 log.warning("a worker process died (exit code %s); starting another", worker.process.exitcode)
-                self._workers[index] = _Worker(
-                    self._setup, asyncio.get_running_loop(), self._records, worker.usage
-                )
+                self._workers[index] = _Worker(self._setup, asyncio.get_running_loop(), self._records, worker.usage)
                 await self._workers[index].ready
         return self._workers
 

@@ -46,6 +46,7 @@ def serving_engine(seed: int) -> Iterator["Engine"]:
     from leyden_plugins.engines.transformers import TransformersEngine
     from leyden_plugins.gateway import serve
 
+    print("starting the engine; the untrained model answers for the agent's checker", flush=True)
     engine = TransformersEngine(MODEL, seed=seed)
     with serve(engine, names=[CHECKER_MODEL]) as endpoint:
         os.environ["OPENAI_BASE_URL"] = endpoint.base_url

@@ -9,6 +9,7 @@ import pytest
 import leyden
 from integration_tests.training.plain_agent import MODEL, ROOT
 from leyden.errors import ConfigurationError, RoleError, RolloutError
+from leyden_plugins.engines.transformers import TransformersEngine
 
 
 def test_a_role_that_nobody_has_is_an_error_that_lists_the_roles_there_are(app, make_trainer):
@@ -39,9 +40,8 @@ def test_an_agent_that_sometimes_raises_is_trained_on_its_failures_and_counted(a
 
 
 def test_a_reward_that_never_varies_changes_no_weight_bit_for_bit(app, make_trainer):
-    trainer = make_trainer(app.never_varies)
-    engine = trainer._blueprint.engine
-    trainer.fit(2)
+    engine = TransformersEngine(MODEL, seed=0)
+    make_trainer(app.never_varies, engine=engine).fit(2)
     assert engine.sha256("me") == engine.sha256("base")
 
 

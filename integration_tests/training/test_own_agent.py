@@ -11,6 +11,7 @@ from nbclient import NotebookClient
 from examples.text_to_sql import questions
 from integration_tests.training.plain_agent import CANARY, MODEL, ROOT
 from leyden_plugins.algorithms.rl import GRPO
+from leyden_plugins.engines.transformers import TransformersEngine
 
 
 def test_a_single_sync_agent_with_temperature_zero_and_no_role_name_learns(app, make_trainer, tmp_path):
@@ -48,9 +49,9 @@ def test_a_lambda_runs_in_this_process_and_says_so(app, make_trainer, caplog):
 
 
 def test_training_after_training_starts_from_the_base_again(app, make_trainer, tmp_path):
-    first = make_trainer(app.solve, run=tmp_path / "one")
+    engine = TransformersEngine(MODEL, seed=0)
+    first = make_trainer(app.solve, run=tmp_path / "one", engine=engine)
     first.fit(1)
-    engine = first._blueprint.engine
     trained = engine.sha256("me")
     assert trained != engine.sha256("base")
     second = make_trainer(app.never_varies, run=tmp_path / "two", engine=engine)

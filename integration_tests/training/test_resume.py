@@ -12,10 +12,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from examples.text_to_sql import questions
 from integration_tests.training.plain_agent import MODEL, ROOT
 from leyden.evaluation import Evaluation
+from leyden.roles import Policy
 from leyden.spans import FINISHED, Mode, Update
 from leyden.sqlite import SQLiteStore
+from leyden_plugins.engines.transformers import TransformersEngine
+from leyden_plugins.learners.torch import TorchLearner
 
 STEPS = 8
 SCRIPT = """
@@ -82,17 +86,17 @@ def test_a_run_killed_at_random_moments_ends_with_every_rollout_counted_once(app
 
 
 def test_restored_weights_are_bit_equal_to_the_checkpoint(app, make_trainer):
-    trainer = make_trainer(app.solve, checkpoint_every=1)
-    summary = trainer.fit(2)
-    exported = load_file(Path(str(summary["checkpoint"])) / "policies" / "me" / "model.safetensors")
-    again = make_trainer(app.solve, run=trainer.run_folder)
-    evaluation = again.evaluate([trainer._tasks[0]])
+    trained, served, learner = TransformersEngine(MODEL), TransformersEngine(MODEL), TorchLearner()
+    trainer = make_trainer(app.solve, checkpoint_every=1, engine=trained)
+    folder = Path(str(trainer.fit(2)["checkpoint"]))
+    again = make_trainer(app.solve, run=trainer.run_folder, engine=served, learner=learner)
+    evaluation = again.evaluate([question.task for question in questions.load("tuning", count=1)])
     assert isinstance(evaluation, Evaluation)
-    restored = again._learner
-    restored.open(again._policies, str(MODEL), seed=0)
-    restored.load(Path(str(summary["checkpoint"])) / "learner")
-    tensors = restored.weights("me").tensors
+    learner.open([Policy("me")], str(MODEL), seed=0)
+    learner.load(folder / "learner")
+    tensors = learner.weights("me").tensors
+    exported = load_file(folder / "policies" / "me" / "model.safetensors")
     assert tensors is not None and tensors.keys() == exported.keys()
     for name, tensor in exported.items():
         assert torch.equal(tensor, tensors[name]), name
-    assert again._blueprint.engine.sha256("me") == trainer._blueprint.engine.sha256("me")
+    assert served.sha256("me") == trained.sha256("me")

@@ -1,12 +1,14 @@
 """One attempt: what the agent does ends in a result, never in an exception."""
 
 import asyncio
+import contextvars
+import threading
 import time
 
 import leyden
 from leyden.attempts import run_attempt
 from leyden.context import current
-from leyden.errors import RolloutError
+from leyden.errors import DeadlineExceeded, EngineError, RolloutError
 from leyden.interfaces import AttemptResult, RolloutSpec
 from leyden.spans import Kind, Mode, Record, Reward, Span, Status
 
@@ -147,3 +149,54 @@ def test_an_agent_that_went_on_without_an_answer_we_owed_it_is_tried_again():
 def test_an_output_that_is_not_json_is_kept_as_its_repr():
     result = attempt(lambda task: object, reward=lambda task, output, rollout: 1)
     assert result.output == repr(object)
+
+
+def test_an_agent_that_ends_its_program_is_a_failed_attempt_and_nothing_more():
+    async def asynchronous(task):
+        raise SystemExit(2)
+
+    def synchronous(task):
+        raise KeyboardInterrupt
+
+    assert attempt(asynchronous).error_type == "SystemExit"
+    assert attempt(synchronous).error_type == "KeyboardInterrupt"
+
+
+def test_an_agent_that_waited_in_vain_for_our_answer_is_tried_again_rather_than_blamed():
+    def wait(task):
+        frame = current()
+        assert frame is not None and frame.rollout is not None
+        frame.rollout.infrastructure_error = EngineError("the engine is gone")
+        raise DeadlineExceeded("no time left")
+
+    async def hang(task):
+        frame = current()
+        assert frame is not None and frame.rollout is not None
+        frame.rollout.infrastructure_error = EngineError("the engine is gone")
+        await asyncio.sleep(60)
+
+    for agent in (wait, hang):
+        result = attempt(agent, timeout=0.2)
+        assert (result.infrastructure, result.timed_out, result.error_type) == (True, False, "EngineError")
+
+
+def test_what_an_agent_left_running_can_no_longer_change_its_rollout():
+    records: list[Record] = []
+    left: list[threading.Thread] = []
+    is_over = threading.Event()
+
+    def agent(task):
+        def linger():
+            is_over.wait(10)
+            leyden.emit_reward(100.0, "late", role="writer")
+            leyden.emit_event("late")
+
+        left.append(threading.Thread(target=contextvars.copy_context().run, args=(linger,)))
+        left[0].start()
+        return 1.0
+
+    attempt(agent, records=records)
+    count = len(records)
+    is_over.set()
+    left[0].join()
+    assert len(records) == count

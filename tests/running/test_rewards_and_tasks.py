@@ -48,8 +48,15 @@ def test_a_reward_of_another_type_is_refused():
         (7, "must be a sequence"),
         ([{"a": 1}, {"b": object()}], r"tasks\[1\] is not a JSON value"),
         ([None], r"tasks\[0\] is None"),
+        ([2**70], r"tasks\[0\] is not a JSON value"),
+        (["half a pair: \ud83d"], r"tasks\[0\] is not a JSON value"),
     ],
 )
 def test_malformed_tasks_are_refused_with_their_position(tasks, message):
     with pytest.raises(DatasetError, match=message):
         checked_tasks(tasks, name="tasks")
+
+
+def test_tasks_are_the_same_in_every_process():
+    given = [{"pair": (1, 2), "at": {3: "three"}}]
+    assert checked_tasks(given, name="tasks") == [{"pair": [1, 2], "at": {"3": "three"}}]

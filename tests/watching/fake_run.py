@@ -308,8 +308,8 @@ def summary(folder: Path, steps: int) -> dict[str, object]:
         "examples": [
             {
                 "task": task(1, "Which cities have more than a million people?"),
-                "before": {"output": {"sql": SQL[:40], "rows": 0}, "reward": 0.0},
-                "after": {"output": {"sql": SQL, "rows": 0}, "reward": 1.0},
+                "before": {"rollout": "e0-t1", "output": {"sql": SQL[:40], "rows": 0}, "reward": 0.0},
+                "after": {"rollout": f"e{steps}-t1", "output": {"sql": SQL, "rows": 0}, "reward": 1.0},
             },
             {
                 "task": "say hello",

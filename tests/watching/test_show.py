@@ -1,12 +1,13 @@
 """The span tree in the terminal."""
 
 import asyncio
+import sys
 from pathlib import Path
 
 import pytest
 
 from leyden.interfaces import RolloutRecords
-from leyden.show import one_line, printable, seconds, span_tree, task_text
+from leyden.show import one_line, printable, program, seconds, span_tree, task_text
 from leyden.spans import Completion, Kind, Reward, Rollout, Span
 from leyden.spantree import answer_of, nodes, prompt_of
 from tests.watching.fake_run import call_records, rollout, rollout_records
@@ -174,6 +175,29 @@ def test_one_line_cuts_and_joins() -> None:
 )
 def test_durations_are_for_people(ns: int, shown: str) -> None:
     assert seconds(ns) == shown
+
+
+def test_what_the_tree_says_already_is_not_repeated_as_an_attribute() -> None:
+    told = span("writer", None, **{"gen_ai.agent.name": "writer", "leyden.rewards": {"reward": 1.0}, "tries": 2})
+    shown = span_tree(RolloutRecords(rollout=rollout("r", reward=1.0), spans=[told], completions=[], rewards=[]))
+    assert "tries = 2" in shown
+    assert "gen_ai.agent.name" not in shown and "leyden.rewards" not in shown
+
+
+def test_commands_name_the_environments_own_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bin_folder = tmp_path / "a b" / "bin"
+    bin_folder.mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", str(bin_folder / "python"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PWD", str(tmp_path))
+    assert program() == f"'{bin_folder / 'python'}' -m leyden.cli"
+    (bin_folder / "leyden").write_text("#!/bin/sh\n")
+    (bin_folder / "leyden").chmod(0o755)
+    assert program() == "'a b/bin/leyden'"
+    monkeypatch.setenv("PWD", "/")
+    assert program() == f"'{bin_folder / 'leyden'}'"
+    monkeypatch.setenv("PATH", str(bin_folder))
+    assert program() == "leyden"
 
 
 def test_a_stored_rollout_is_shown_like_the_records_it_was_made_of(tmp_path: Path) -> None:

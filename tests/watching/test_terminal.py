@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from leyden_plugins.observers import terminal
-from leyden_plugins.observers.terminal import TerminalSink, differing, interval
+from leyden_plugins.observers.terminal import TerminalSink, differing, interval, labelled
 from tests.watching.fake_run import summary
 
 INFO = {
@@ -105,12 +105,23 @@ def test_at_the_end_stand_intervals_roles_examples_failures_and_what_to_try_next
     assert "5,120 rollouts, 12,345 model calls, 480,000 tokens sampled" in shown
     for command in (
         "leyden rollouts runs/sql",
-        "leyden show runs/sql ROLLOUT",
+        "leyden show runs/sql e3-t1",
         "leyden serve runs/sql/checkpoints/step-000003",
-        "leyden export runs/sql OUT",
+        "leyden export runs/sql exported",
         "runs/sql/report.html",
     ):
         assert command in shown
+
+
+def test_a_run_that_was_stopped_says_how_to_go_on_and_one_that_was_resumed_says_what_it_counts() -> None:
+    whole = summary(Path("runs/sql"), 3)
+    sink, out = plain()
+    sink.run_finished({**whole, "total_steps": 3})
+    assert "leyden resume" not in out.getvalue()
+    sink.run_finished({**whole, "total_steps": 20, "resumed_after": 2})
+    shown = " ".join(out.getvalue().split())
+    assert "leyden resume runs/sql # go on after step 3" in shown
+    assert "5,120 rollouts in all, 12,345 model calls since the resume after step 2, 480,000 tokens" in shown
 
 
 def test_text_of_an_agent_is_neither_markup_nor_control() -> None:
@@ -144,7 +155,30 @@ def test_outputs_are_compared_where_they_differ() -> None:
     assert differing({"sql": "a", "rows": 1}, {"sql": "b", "rows": 1}) == ("a", "b")
     assert differing({"a": 1, "b": 2}, {"a": 3, "b": 4}) == ({"a": 1, "b": 2}, {"a": 3, "b": 4})
     assert differing("x", {"a": 1}) == ("x", {"a": 1})
+    assert differing({"sql": "a"}, {"sql": "a"}) == ("a", "a")
     assert differing(None, None) == ("", "")
+
+
+def test_fields_of_an_output_that_say_the_same_share_a_line() -> None:
+    assert labelled({"first": "SELECT 1", "last": "SELECT 1"}) == [("first, last: ", "SELECT 1")]
+    assert labelled({"first": "SELECT 1", "rows": [1]}) == [("first: ", "SELECT 1"), ("rows: ", "[1]")]
+    assert labelled("a\nb") == [("", "a b")]
+    assert labelled({}) == [("", "{}")]
+    assert labelled(None) == [("", "")]
+
+
+def test_on_a_narrow_screen_an_interval_stays_whole_below_its_mean() -> None:
+    out = io.StringIO()
+    TerminalSink(Console(file=out, width=80, highlight=False)).run_finished(summary(Path("runs/sql"), 3))
+    assert max(len(line) for line in out.getvalue().splitlines() if "[0." in line) <= 80
+    assert "[+0.310, +0.460]" in out.getvalue() and "[0.830, 0.980]" in out.getvalue()
+
+
+def test_the_total_stands_before_the_other_rewards() -> None:
+    sink, out = plain()
+    one = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}
+    sink.run_finished({"evaluations": {"after": {"first_query": one, "reward": one}}})
+    assert out.getvalue().index("\n  reward  ") < out.getvalue().index("\n  first_query")
 
 
 def test_an_interval_without_a_mean_is_a_dash() -> None:

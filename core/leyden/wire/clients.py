@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from leyden.errors import DeadlineExceeded
+from leyden.errors import DeadlineExceeded, EngineError
 from leyden.wire.calls import ModelCall, Patience
 
 HTTP_HELD = 503
@@ -160,6 +160,8 @@ class Library:
         retry_after = response.headers.get("retry-after")
         if response.status_code != HTTP_HELD or retry_after is None:
             return None
+        # Until it is answered after all; a rollout that ends without it is not the agent's failure.
+        call.blame(EngineError(f"the gateway did not answer role {call.role!r}: {HTTP_HELD}, new weights or no engine"))
         pause = patience.after_hold(retry_after)
         if pause is None and call.seconds_left() is not None:
             raise DeadlineExceeded(f"requests of role {call.role!r} were held until its rollout's deadline")

@@ -186,9 +186,11 @@ def model_folders(folder: Path, model_name: str | None = None) -> dict[str, Path
     else:
         found = {path.parent.name: path.parent for path in sorted(folder.glob(f"{POLICIES}/*/config.json"))}
     if not found:
+        of_run = sorted(folder.glob("checkpoints/step-*"))
         raise ConfigurationError(
-            f"{str(folder)!r} holds no model: no {EXPORT_FILE}, no config.json and no {POLICIES}; give an export, a "
-            "checkpoint or a Hugging Face folder"
+            f"{str(folder)!r} holds no model: no {EXPORT_FILE}, no config.json and no {POLICIES}; give "
+            + (f"one of its checkpoints, such as {str(of_run[-1])!r}" if of_run else "an export, a checkpoint")
+            + " or a Hugging Face folder"
         )
     if model_name is None:
         return found

@@ -45,6 +45,9 @@
     const seconds = Math.round(ms / 1000);
     return `${Math.floor(seconds / 60)} min ${seconds % 60} s`;
   }
+  function parsed(words) {
+    try { return words.startsWith("{") ? JSON.parse(words) : words; } catch { return words; }
+  }
   function plain(value) {
     return typeof value === "string" ? value : JSON.stringify(value, null, 1);
   }
@@ -80,12 +83,13 @@
     if (isNumber(summary.rollouts)) {
       tiles.append(tile("Rollouts", compact(summary.rollouts), `${failed} failed, ${summary.retries || 0} tried again`));
     }
+    const since = isNumber(summary.resumed_after) ? `, since the resume after step ${summary.resumed_after}` : "";
     if (isNumber(summary.model_calls)) {
-      const tokens = isNumber(summary.tokens_sampled) ? `${compact(summary.tokens_sampled)} tokens sampled` : "";
+      const tokens = isNumber(summary.tokens_sampled) ? `${compact(summary.tokens_sampled)} tokens sampled${since}` : "";
       tiles.append(tile("Model calls", compact(summary.model_calls), tokens));
     }
     if (isNumber(summary.train_seconds)) {
-      const cpu = isNumber(summary.train_cpu_seconds) ? `${compact(summary.train_cpu_seconds)} CPU seconds` : "";
+      const cpu = isNumber(summary.train_cpu_seconds) ? `${compact(summary.train_cpu_seconds)} CPU seconds${since}` : "";
       tiles.append(tile("Training time", duration(summary.train_seconds * 1000), cpu));
     }
     if (summary.peak_memory_bytes) {
@@ -159,6 +163,7 @@
     const ys = series.flatMap((one) => one.points.flatMap((point) => point.slice(1).filter(isNumber)));
     let low = Math.min(...ys), high = Math.max(...ys);
     if (low >= 0 && low < (high - low) * 1.5) low = 0;
+    if (low === 0 && high === 0) high = 1;
     if (low === high) { low -= Math.abs(low) * 0.1 || 0.5; high += Math.abs(high) * 0.1 || 0.5; }
     const rise = stepFor(low, high, isFirst ? 6 : 5);
     low = Math.floor(low / rise + 1e-6) * rise;
@@ -287,6 +292,10 @@
     const cut = (one) => (names.length === 1 ? one[names[0]] : Object.fromEntries(names.map((name) => [name, one[name]])));
     return names.length ? [cut(first), cut(second)] : [first, second];
   }
+  function link(facts) {
+    const id = (facts || {}).rollout;
+    return data.rollouts.some((one) => one.id === id) ? el("a", { href: `#${encodeURIComponent(id)}` }, id) : null;
+  }
   function labelled(output) {
     if (typeof output !== "object" || output === null || Array.isArray(output)) return [["", plain(output)]];
     const names = new Map();
@@ -299,9 +308,9 @@
     section("Examples", "Held-out tasks whose reward changed most.");
     page.append(el("div", { class: "examples" }, found.map((one) => {
       const [first, second] = differing((one.before || {}).output, (one.after || {}).output);
-      const side = (label, facts, output) => el("div", null, el("h3", null, `${label}: reward ${compact((facts || {}).reward)}`),
+      const side = (label, facts, output) => el("div", null, el("h3", null, `${label}: reward ${compact((facts || {}).reward)} `, link(facts)),
         output === null || output === undefined ? null : labelled(output).map(([name, value]) =>
-          el("div", null, name ? el("div", { class: "fine" }, name) : null, el("pre", null, value))));
+          el("div", null, name ? el("div", { class: "speaker" }, name) : null, el("pre", null, value))));
       return el("div", { class: "example" }, el("p", null, taskText(one.task)),
         el("div", { class: "sides" }, side("Before", one.before, first), side("After", one.after, second)));
     })));
@@ -355,11 +364,12 @@
     const distinct = (pick) => [...new Set(all.map(pick))];
     const search = el("input", { type: "search", placeholder: "id or words of the task" });
     search.addEventListener("input", () => { state.words = search.value.toLowerCase(); state.shown = BATCH; draw(); });
-    page.append(el("div", { class: "filters" },
+    const filters = el("div", { class: "filters" },
       choice("mode", "mode", distinct((one) => one.mode)), choice("step", "step", distinct((one) => one.step).sort((a, b) => a - b)),
       choice("state", "state", distinct((one) => one.state)),
       choice("reward", "reward", distinct((one) => (isNumber(one.reward) ? compact(one.reward) : "none")).sort().slice(0, 60)),
-      el("label", null, "search", search)));
+      el("label", null, "search", search));
+    page.append(filters);
     const fits = (one) => (!state.mode || one.mode === state.mode) && (state.step === "" || String(one.step) === state.step) &&
       (!state.state || one.state === state.state) &&
       (!state.reward || (isNumber(one.reward) ? compact(one.reward) : "none") === state.reward) &&
@@ -388,10 +398,14 @@
     const heads = ["rollout", "mode", "step", "state", "reward", "task"];
     page.append(el("div", { class: "browser" }, el("div", { class: "list" },
       el("table", null, el("thead", null, el("tr", null, heads.map((name) => el("th", ["step", "reward"].includes(name) ? { class: "number" } : null, name)))), body), foot), detail));
-    const asked = decodeURIComponent(location.hash.slice(1));
-    const wanted = all.find((one) => one.id === asked);
+    const openAsked = () => {
+      const wanted = all.find((one) => encodeURIComponent(one.id) === location.hash.slice(1));
+      if (!wanted) return;
+      open(wanted);
+      filters.scrollIntoView();
+    };
     draw();
-    if (wanted) open(wanted);
+    window.addEventListener("hashchange", openAsked);
   }
 
   function showRollout(box, one) {
@@ -401,7 +415,8 @@
     box.replaceChildren(el("h3", null, el("code", null, one.id)), el("p", { class: "facts" }, facts.join(" · ")),
       el("h3", null, "Task"), el("pre", null, text(one.task)));
     if (one.whole_task !== one.task) box.append(el("details", null, el("summary", null, "whole task"), el("pre", null, text(one.whole_task))));
-    if (one.output !== null) box.append(el("h3", null, "Output"), el("pre", null, text(one.output)));
+    if (one.output !== null) box.append(el("h3", null, "Output"), ...labelled(parsed(text(one.output))).flatMap(([name, value]) =>
+      [name ? el("div", { class: "speaker" }, name) : "", el("pre", null, value)]));
     if (one.error !== null) box.append(el("h3", { class: "bad" }, "Error"), el("pre", { class: "bad" }, text(one.error)));
     if (one.rewards.length) {
       box.append(el("h3", null, "Rewards"), el("pre", null, one.rewards.map(([name, value, role]) =>
@@ -460,4 +475,5 @@
   failures();
   browser();
   configuration();
+  if (location.hash) dispatchEvent(new HashChangeEvent("hashchange")); // now that the page has its full height
 })();

@@ -16,7 +16,7 @@ from leyden.interfaces import RolloutRecords, Store
 from leyden.runfolder import RUN, STORE, SUMMARY, read_json
 from leyden.show import printable, task_text
 from leyden.spans import FINISHED, Kind, Mode, Rollout
-from leyden.spantree import Node, answer_of, as_text, model_calls, nodes, prompt_of, token_counts
+from leyden.spantree import Node, answer_of, as_text, attributes_of, model_calls, nodes, prompt_of, token_counts
 from leyden.sqlite import SQLiteStore
 from leyden_plugins.observers.jsonl import read_metrics
 from leyden_plugins.observers.metrics import CHARTS, METRICS, base_name, matches, unit_of
@@ -266,9 +266,5 @@ def _span_view(node: Node, began_ns: int, texts: Texts) -> dict[str, object]:
         view["prompt"] = [[texts.number(one.role), texts.number(one.text)] for one in prompt_of(span)]
         view["answer"] = [[texts.number(one.role), texts.number(one.text)] for one in answer_of(node)]
     else:
-        view["attributes"] = [
-            [texts.number(name), texts.number(as_text(value))]
-            for name, value in sorted(span.attributes.items())
-            if value not in (None, "", [], {})
-        ]
+        view["attributes"] = [[texts.number(name), texts.number(as_text(value))] for name, value in attributes_of(span)]
     return view

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import cast
 
 from leyden.extras import extra
-from leyden.runfolder import REPORT
 from leyden.rewards import DEFAULT_REWARD
+from leyden.runfolder import REPORT
 from leyden.show import one_line, printable, program, task_text
 
 with extra("train"):
@@ -29,6 +29,8 @@ with extra("train"):
 LINE_SECONDS = 3.0
 """Least time between two plain lines."""
 PLAIN_WIDTH = 110
+WIDTH_OF_INTERVALS = 97
+"""Columns that the table of held-out rewards takes with each interval beside its mean."""
 OUTPUT_CHARACTERS = 300
 LABEL_CHARACTERS = 30
 HEAD_WIDTH = len("before reward 1")
@@ -111,7 +113,7 @@ class TerminalSink:
     def run_finished(self, summary: Mapping[str, object]) -> None:
         """Print the tables and what to try next."""
         self._stop()
-        for table in (_evaluations(summary), _roles(summary)):
+        for table in (_evaluations(summary, self._console.width), _roles(summary)):
             if table is not None:
                 self._console.print(table)
         for text in (*_examples(summary), *_facts(summary), *_next(summary)):
@@ -167,8 +169,8 @@ def _plan(info: Mapping[str, object]) -> str:
 # ---- the end ---------------------------------------------------------------------------------------------------
 
 
-def _evaluations(summary: Mapping[str, object]) -> Table | None:
-    """Return held-out rewards before and after, a row a reward name."""
+def _evaluations(summary: Mapping[str, object], width: int) -> Table | None:
+    """Return held-out rewards before and after, a row a name; on a narrow screen intervals get their own line."""
     found = _mapping(summary.get("evaluations"))
     before, after, gain = (_mapping(found.get(when)) for when in ("before", "after", "gain"))
     if not before and not after:
@@ -176,8 +178,11 @@ def _evaluations(summary: Mapping[str, object]) -> Table | None:
     table = _table("Held-out, mean with 95 % interval", ("reward", "before", "after", "gain", "tasks"))
     for name in sorted({**before, **after}, key=lambda name: name != DEFAULT_REWARD):
         last = _mapping(after.get(name) or before.get(name))
-        cells = [interval(_mapping(one.get(name))) for one in (before, after)]
-        table.add_row(*map(_text, (name, *cells, interval(_mapping(gain.get(name)), sign="+"), last.get("n", ""))))
+        estimates = (interval(_mapping(before.get(name))), interval(_mapping(after.get(name))))
+        cells = [*estimates, interval(_mapping(gain.get(name)), sign="+")]
+        if width < WIDTH_OF_INTERVALS:
+            cells = [cell.replace(" [", "\n[") for cell in cells]
+        table.add_row(_text(name), *cells, _text(last.get("n", "")))
     return table
 
 
@@ -250,9 +255,14 @@ def _facts(summary: Mapping[str, object]) -> list[Text]:
     failures = _mapping(summary.get("failures"))
     by_type = ", ".join(f"{name} {count}" for name, count in sorted(failures.items())) or "none"
     lines = [f"\nfailures: {by_type}; {summary.get('retries', 0)} attempts made again after infrastructure failures"]
+    since = summary.get("resumed_after")
     counts = [
-        f"{_number(summary.get(key), ',')} {key.replace('_', ' ')}"
-        for key in ("rollouts", "model_calls", "tokens_sampled")
+        f"{_number(summary.get(key), ',')} {label}"
+        for key, label in (
+            ("rollouts", "rollouts" if since is None else "rollouts in all"),
+            ("model_calls", "model calls" if since is None else f"model calls since the resume after step {since}"),
+            ("tokens_sampled", "tokens sampled"),
+        )
         if key in summary
     ]
     times = [
@@ -278,7 +288,8 @@ def _next(summary: Mapping[str, object]) -> list[Text]:
         return []
     folder, leyden = shlex.quote(str(run)), program()
     shown = [str(_mapping(one.get("after")).get("rollout") or "") for one in _example_facts(summary)[:1]]
-    rows = [
+    rows = [(f"{leyden} resume {folder}", f"go on after step {summary['steps']}")] if _is_cut_short(summary) else []
+    rows += [
         (f"{leyden} rollouts {folder}", "every rollout"),
         (" ".join([leyden, "show", folder, *map(shlex.quote, filter(None, shown))]), "one of them: who said what"),
     ]
@@ -288,6 +299,11 @@ def _next(summary: Mapping[str, object]) -> list[Text]:
     width = max(len(command) for command, _ in rows)
     page = f"\ncurves, table and rollouts in a browser: {Path(str(run)).resolve() / REPORT}"
     return [Text(printable(line)) for line in (page, "\nTry next", *(f"  {one:{width}}  # {two}" for one, two in rows))]
+
+
+def _is_cut_short(summary: Mapping[str, object]) -> bool:
+    steps, wanted = summary.get("steps"), summary.get("total_steps")
+    return isinstance(steps, int) and isinstance(wanted, int) and steps < wanted
 
 
 def _table(title: str, header: Sequence[str]) -> Table:

@@ -60,7 +60,7 @@ def load_model(model: str | Path, *, dtype: str = "float32", device: str = "cpu"
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the progress bar of loading from writing over the run's own."""
+    """Keep the progress bars of loading and saving from writing over the run's own."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it so
     try:

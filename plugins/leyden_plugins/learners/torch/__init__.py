@@ -27,6 +27,7 @@ with extra("train"):
         canonical_tensors,
         load_model,
         load_tokenizer,
+        quiet,
         read_tensors,
     )
     from leyden_plugins.torch_models.logprobs import logits_at, token_logprobs
@@ -172,7 +173,8 @@ class TorchLearner:
 
     def export(self, policy: str, folder: Path) -> None:
         """Write the policy as a Hugging Face folder: weights, config, tokenizer."""
-        self._trainee(policy).model.save_pretrained(folder)
+        with quiet():
+            self._trainee(policy).model.save_pretrained(folder)
         assert self._base is not None  # a trainee exists, so `open` has run
         load_tokenizer(self._base).save_pretrained(folder)
 
