@@ -8,6 +8,8 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -248,3 +250,66 @@ def test_a_full_disk_ends_the_run_with_the_stores_message_and_room_lets_it_go_on
     resumed = script(run, "resume")
     assert resumed.stdout == "4\n", resumed.stderr
     check_every_rollout_counts_once(run)
+
+
+# ---- Ctrl-C, as a terminal sends it: to the whole process group ----------------------------------------------------
+
+GUARDED = """
+import os, sys, time
+from pathlib import Path
+from tests.running.small import odd_wins, small_trainer
+
+def solve(task):
+    time.sleep(float(os.environ["PAUSE"]))
+    return odd_wins(task)
+
+if __name__ == "__main__":
+    trainer = small_trainer(Path(sys.argv[1]), solve, workers=2, sinks=["terminal", "jsonl"])
+    print("steps:", trainer.fit(1000)["steps"])
+"""
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_ends_step_and_checkpoint_and_a_second_one_everything(run, tmp_path, times):
+    path = tmp_path / "guarded.py"
+    path.write_text(GUARDED)
+    process = subprocess.Popen(
+        [sys.executable, str(path), str(run)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PAUSE": "0.05" if times == 1 else "0.5"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_text().count("\n") >= 2)
+    os.killpg(process.pid, signal.SIGINT)
+    if times == 2:
+        assert any("Ctrl-C again stops at once" in line for line in process.stdout)
+        os.killpg(process.pid, signal.SIGINT)
+    printed = process.stdout.read()
+    assert process.wait(30) == (0 if times == 1 else -signal.SIGINT)
+    wait_for(lambda: not living_members(process.pid))
+    if times == 1:
+        checkpoint = stored(run)[2]
+        assert checkpoint is not None and f"steps: {checkpoint.step}" in printed
+        assert f"leyden resume {run}" in printed.replace("\n", "")
+
+
+def wait_for(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def living_members(group: int) -> list[str]:
+    """Return the processes of a group that are more than an entry waiting to be read."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] not in "ZX":
+            found.append(stat.parent.name)
+    return found
