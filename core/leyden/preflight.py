@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from leyden import mdp
 from leyden.errors import EngineError
 from leyden.interfaces import Group, Learner, Transition
-from leyden.roles import Policy, check_roles
+from leyden.roles import Policy, check_roles, matches
 from leyden.rollouts import Tally, refuse_rewardless
 
 MAX_LOGPROB_DIFFERENCE = 0.05
@@ -56,6 +56,10 @@ def preflight(
         if policy.trainable and own:
             lines.append(_ratio_line(policy, own, learner))
     lines += sampling_lines(policies)
+    for role, calls in sorted(tally.spoken.items()):
+        if not any(matches(policy.roles, role) for policy in policies):
+            expected = calls * rollouts_to_come // max(1, tally.rollouts)
+            lines.append(f"role {role!r} is in no policy: about {expected:,} calls to its own endpoint in this run")
     if tally.rollouts >= len(rollouts):  # otherwise a killed run left some of them in the store, ready at once
         longest = rollouts_to_come * seconds / max(1, len(rollouts))
         lines.append(
@@ -63,7 +67,7 @@ def preflight(
         )
     if tally.failures:
         lines.append(f"failures so far: {_counts(tally.failures)}")
-    return lines + [f"warning: {warning}" for warning in warnings]
+    return lines + [f"note: {warning}" for warning in warnings]
 
 
 def sampling_lines(policies: Sequence[Policy]) -> list[str]:

@@ -172,5 +172,6 @@ def check_roles(policies: Iterable[Policy], spoken: Mapping[str, int], declared:
                     f"Roles that made model calls: {dict(sorted(spoken.items()))!r}; "
                     f"roles the framework declared: {sorted(declared)!r}. Name one of these in Policy(roles=[...])"
                 )
-            warnings.append(f"role {silent!r} of policy {policy.name!r} made 0 model calls so far")
+            names = ", ".join(repr(role) for role in silent)
+            warnings.append(f"policy {policy.name!r}: declared, but no model call yet: {names}")
     return warnings

@@ -167,7 +167,7 @@ def run_summary(
 def run_record(blueprint: Blueprint, *, algorithm: object) -> dict[str, object]:
     """Return what a run is made of, for `run.json`."""
     return {
-        "agent": describe(blueprint.agent),
+        "agent": _readable(describe(blueprint.agent)),
         "base_model": str(blueprint.engine.model),
         "base_sha256": blueprint.engine.sha256(RESERVED_MODEL),
         "policies": {
@@ -188,3 +188,14 @@ def run_record(blueprint: Blueprint, *, algorithm: object) -> dict[str, object]:
         "working_folder": os.getcwd(),
         "versions": package_versions(),
     }
+
+
+def _readable(path: str) -> str:
+    """Return `module:qualname` with the script's own name in place of `__main__`."""
+    module, _, qualname = path.partition(":")
+    main = sys.modules.get("__main__")
+    if module != "__main__" or main is None:
+        return path
+    spec = getattr(main, "__spec__", None)
+    name = spec.name if spec is not None else os.path.basename(getattr(main, "__file__", None) or module)
+    return f"{name}:{qualname}"

@@ -93,7 +93,7 @@ async def test_a_client_that_leaves_while_it_sends_its_body_is_recorded() -> Non
         writer.write(b"content-length: 100\r\n\r\n{")
         await asyncio.sleep(0.05)
         writer.close()
-        await asyncio.sleep(0.05)
+        await until(lambda: bool(here.records))
         (completion,) = await here.completions()
         assert (completion.status, completion.delivered) == (Status.INTERRUPTED, False)
 
@@ -195,18 +195,26 @@ async def test_a_call_held_too_long_is_told_to_come_back() -> None:
         assert (answered.status, answered.http_attempt) == (Status.OK, 1)
 
 
+async def heard_while_held(here: Running, token: str, body: object, *, comments: int) -> bytes:
+    """Release the gateway once a held stream has got so many comments; return all that was heard."""
+    heard = b""
+    async with here.client.stream("POST", CHAT, json=body, headers=here.headers(token, **named())) as response:
+        assert response.status_code == 200
+        async for part in response.aiter_bytes():
+            heard += part
+            if heard.count(b": waiting for new weights") >= comments:
+                here.gateway.release()
+    return heard
+
+
 @asynchronous
 async def test_a_held_stream_is_kept_alive_with_comments() -> None:
     async with running(hold_seconds=0.01, keep_alive_seconds=0.05) as here:
         token = here.gateway.admit(access())
         await here.gateway.hold()
-        call = asyncio.create_task(here.post(token, ask(stream=True), named()))
-        await asyncio.sleep(0.2)
-        here.gateway.release()
-        response = await call
-        assert response.text.startswith(": ")
-        assert response.text.count(": waiting for new weights") >= 2
-        assert events(response)[-1] == "[DONE]"
+        heard = await heard_while_held(here, token, ask(stream=True), comments=2)
+        assert heard.startswith(b": ")
+        assert events(heard)[-1] == "[DONE]"
         (completion,) = await here.completions()
         assert completion.delivered
 
@@ -216,13 +224,9 @@ async def test_a_refusal_after_a_held_stream_has_begun_is_an_event() -> None:
     async with running(keep_alive_seconds=0.02) as here:
         token = here.gateway.admit(access())
         await here.gateway.hold()
-        call = asyncio.create_task(here.post(token, ask(stream=True, model="sql"), named()))
-        await asyncio.sleep(0.1)
         here.engine.failure = ZeroDivisionError("oops")
-        here.gateway.release()
-        response = await call
-        assert response.status_code == 200
-        assert events(response)[-1]["error"]["code"] == "engine_failed"
+        heard = await heard_while_held(here, token, ask(stream=True, model="sql"), comments=1)
+        assert events(heard)[-1]["error"]["code"] == "engine_failed"
 
 
 @asynchronous
