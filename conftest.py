@@ -4,6 +4,7 @@ A test that is skipped in silence protects nothing. Skips that are meant stand i
 with their reason; any other is reported as failed, so that pytest's closing line and exit status are true.
 """
 
+import signal
 import tomllib
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ def is_expected(skips: list[ExpectedSkip], *, nodeid: str, message: str) -> bool
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SKIPS] = read_expected_skips(EXPECTED_SKIPS)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Started in the background by a shell: tests of Ctrl-C, and the processes they start, would never see one.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

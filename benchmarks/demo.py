@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from leyden.evaluation import bootstrap
+from leyden.training.evaluation import bootstrap
 from leyden.usage import load_average
 
 ROOT = Path(__file__).parent.parent

@@ -13,8 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from examples.text_to_sql import questions, train
-from leyden.evaluation import Evaluation
 from leyden.interfaces import Group, Transition
+from leyden.training.evaluation import Evaluation
 
 VARIANTS = ("grpo", "shuffled", "rejection", "writer-only", "zero", "base")
 

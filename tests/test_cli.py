@@ -17,7 +17,7 @@ from leyden.errors import ConfigurationError
 from leyden.hookspecs import Registry
 from leyden.interfaces import FrameworkAdapter
 from leyden.plugins import BrokenPlugin, Plugins, load_plugins, new_manager
-from leyden.runfolder import RUN, write_json
+from leyden.training.runfolder import RUN, write_json
 from tests.watching.fake_run import make_run, run_record
 
 Captured = pytest.CaptureFixture[str]

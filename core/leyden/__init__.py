@@ -4,9 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from leyden.agents import per_rollout as per_rollout
     from leyden.context import role as role
-    from leyden.deployment import deploy as deploy
+    from leyden.deploying.deployment import deploy as deploy
     from leyden.instrumentation import instrument as instrument
     from leyden.instrumentation import uninstrument as uninstrument
     from leyden.rewards import NO_REWARD as NO_REWARD
@@ -15,7 +14,8 @@ if TYPE_CHECKING:
     from leyden.rewards import emit_reward as emit_reward
     from leyden.roles import Policy as Policy
     from leyden.roles import Sampling as Sampling
-    from leyden.trainer import Trainer as Trainer
+    from leyden.running.agents import per_rollout as per_rollout
+    from leyden.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
@@ -23,13 +23,13 @@ HOMES = {
     "NO_REWARD": "leyden.rewards",
     "Policy": "leyden.roles",
     "Sampling": "leyden.roles",
-    "Trainer": "leyden.trainer",
-    "deploy": "leyden.deployment",
+    "Trainer": "leyden.training.trainer",
+    "deploy": "leyden.deploying.deployment",
     "emit_event": "leyden.rewards",
     "emit_message": "leyden.rewards",
     "emit_reward": "leyden.rewards",
     "instrument": "leyden.instrumentation",
-    "per_rollout": "leyden.agents",
+    "per_rollout": "leyden.running.agents",
     "role": "leyden.context",
     "uninstrument": "leyden.instrumentation",
 }

@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import cast
 
 from leyden import __version__
+from leyden.deploying.export import export
 from leyden.doctor import doctor
 from leyden.errors import ConfigurationError, LeydenError, PluginError
-from leyden.export import export
 from leyden.hookspecs import KINDS, Component
 from leyden.interfaces import RolloutRecords
 from leyden.plugins import Plugins, load_plugins
-from leyden.runfolder import RESUME_STEPS_VARIABLE, RESUME_VARIABLE, RUN, STORE, read_json
 from leyden.show import one_line, printable, program, span_tree, task_text
 from leyden.spans import FINISHED, Mode, Rollout, RolloutState
 from leyden.spantree import model_calls
 from leyden.sqlite import SQLiteStore
+from leyden.training.runfolder import RESUME_STEPS_VARIABLE, RESUME_VARIABLE, RUN, STORE, read_json
 
 RUNS = Path("runs")
 """Where `Trainer` puts runs that were not named."""

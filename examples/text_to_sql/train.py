@@ -97,7 +97,7 @@ def main() -> None:
 
 def show_deployed(run: Path, steps: object) -> None:
     """Export the run, serve it, and answer one question with the app itself: no trainer takes part."""
-    from leyden.export import export
+    from leyden.deploying.export import export
     from leyden_plugins.gateway import serve_folder
 
     folder = run / f"export-step-{steps}"

@@ -16,7 +16,7 @@ import pytest
 
 from examples.text_to_sql import questions
 from examples.text_to_sql.agent import CHECKER_MODEL, REWRITER_MODEL, WRITER_MODEL
-from leyden.exported import Export, ExportedPolicy
+from leyden.deploying.exported import Export, ExportedPolicy
 from leyden.interfaces import Generation, GenerationRequest
 from leyden_plugins.engines.transformers import TransformersEngine
 from leyden_plugins.gateway import serve

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from examples.text_to_sql import questions
 from integration_tests.training.plain_agent import MODEL, ROOT
-from leyden.evaluation import Evaluation
 from leyden.roles import Policy
 from leyden.spans import FINISHED, Mode, Update
 from leyden.sqlite import SQLiteStore
+from leyden.training.evaluation import Evaluation
 from leyden_plugins.engines.transformers import TransformersEngine
 from leyden_plugins.learners.torch import TorchLearner
 

@@ -33,10 +33,10 @@ def leyden_register(registry: Registry) -> None:
 
     registry.store("sqlite", lazy("leyden.sqlite:SQLiteStore"), summary="one SQLite file in the run's folder")
     registry.executor(
-        "in-process", lazy("leyden.executors:InProcessExecutor"), summary="rollouts on the trainer's loop"
+        "in-process", lazy("leyden.running.executors:InProcessExecutor"), summary="rollouts on the trainer's loop"
     )
     registry.executor(
-        "workers", lazy("leyden.workers:WorkerExecutor"), summary="rollouts in processes beside the trainer"
+        "workers", lazy("leyden.running.workers:WorkerExecutor"), summary="rollouts in processes beside the trainer"
     )
     registry.dialect(
         "chat", lazy("leyden_plugins.gateway.dialects.chat:ChatDialect"), summary="OpenAI chat completions"

@@ -93,7 +93,7 @@ def test_a_deployed_app_loads_no_trainer_store_or_torch(export: Path) -> None:
     code = (
         "import sys, leyden\n"
         f"with leyden.deploy({str(export)!r}, 'http://127.0.0.1:1/v1'): pass\n"
-        "print([m for m in ('torch', 'sqlite3', 'leyden.trainer', 'leyden.sqlite', 'httpx', 'langchain_core')"
+        "print([m for m in ('torch', 'sqlite3', 'leyden.training.trainer', 'leyden.sqlite', 'httpx', 'langchain_core')"
         " if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

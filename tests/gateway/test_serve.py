@@ -12,8 +12,8 @@ import msgspec
 import pytest
 
 from leyden import plugins
+from leyden.deploying.exported import Export, ExportedPolicy
 from leyden.errors import ConfigurationError
-from leyden.exported import Export, ExportedPolicy
 from leyden.interfaces import GenerationRequest
 from leyden.roles import Policy
 from leyden.testing.fakes import FakeEngine

@@ -6,10 +6,10 @@ import threading
 import time
 
 import leyden
-from leyden.attempts import run_attempt
 from leyden.context import current
 from leyden.errors import DeadlineExceeded, EngineError, RolloutError
 from leyden.interfaces import AttemptResult, RolloutSpec
+from leyden.running.attempts import run_attempt
 from leyden.spans import Kind, Mode, Record, Reward, Span, Status
 
 
@@ -75,7 +75,7 @@ def test_an_agent_that_hangs_times_out():
 
 
 def test_an_agent_that_swallows_cancellation_is_left_behind(monkeypatch):
-    monkeypatch.setattr("leyden.attempts.CANCEL_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("leyden.running.attempts.CANCEL_GRACE_SECONDS", 0.1)
 
     async def agent(task):
         for _ in range(20):

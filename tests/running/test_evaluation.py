@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from leyden.evaluation import Evaluation, bootstrap
+from leyden.training.evaluation import Evaluation, bootstrap
 
 
 def test_the_interval_of_a_proportion_is_close_to_the_normal_approximation():

@@ -15,9 +15,9 @@ import leyden
 from leyden.errors import ConfigurationError, EngineError, RoleError, RolloutError
 from leyden.interfaces import RolloutRecords
 from leyden.roles import Policy, Sampling
-from leyden.runfolder import read_json
 from leyden.spans import Checkpoint, Mode, Rollout, Update
 from leyden.sqlite import SQLiteStore
+from leyden.training.runfolder import read_json
 from leyden_plugins.algorithms.rl import GRPO
 from tests.running.small import CountingLearner, Notes, SmallEngine, ask, odd_wins, rollout_id, small_trainer
 

@@ -8,7 +8,7 @@ import leyden
 from leyden.errors import ConfigurationError, DatasetError, RewardError
 from leyden.rewards import check_weights, named, total
 from leyden.spans import Reward
-from leyden.tasks import checked_tasks
+from leyden.training.tasks import checked_tasks
 
 
 def reward(name: str, value: float, **fields) -> Reward:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from leyden.agents import import_path
 from leyden.errors import ConfigurationError
 from leyden.interfaces import AttemptResult, Owner, RolloutSpec
 from leyden.ownership import boot_id, is_alive
+from leyden.running.agents import import_path
+from leyden.running.workers import WorkerExecutor
 from leyden.spans import Kind, Mode, Record, Span
-from leyden.workers import WorkerExecutor
 
 AGENTS = """
 import asyncio, os, signal
@@ -159,7 +159,7 @@ def test_a_worker_whose_trainer_is_gone_ends_although_its_agent_refuses_to(agent
     script.write_text(
         textwrap.dedent("""
         import asyncio, os, signal
-        from leyden.workers import WorkerExecutor
+        from leyden.running.workers import WorkerExecutor
         from tests.running.test_workers import spec
 
         async def main():

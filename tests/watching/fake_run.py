@@ -9,7 +9,6 @@ from pathlib import Path
 
 from leyden.interfaces import Outcome
 from leyden.ownership import current_owner
-from leyden.runfolder import RUN, STORE, SUMMARY, checkpoint_folder, write_json
 from leyden.spans import (
     Checkpoint,
     Choice,
@@ -26,6 +25,7 @@ from leyden.spans import (
     Update,
 )
 from leyden.sqlite import SQLiteStore
+from leyden.training.runfolder import RUN, STORE, SUMMARY, checkpoint_folder, write_json
 from leyden_plugins.observers.jsonl import JsonlSink
 
 SECOND = 1_000_000_000

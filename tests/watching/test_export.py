@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from leyden import export as export_module
+from leyden.deploying import export as export_module
+from leyden.deploying.export import export
+from leyden.deploying.exported import read_export
 from leyden.errors import ConfigurationError
-from leyden.export import export
-from leyden.exported import read_export
-from leyden.runfolder import RUN, STORE, write_json
 from leyden.spans import Checkpoint
 from leyden.sqlite import SQLiteStore
+from leyden.training.runfolder import RUN, STORE, write_json
 from tests.watching.fake_run import make_run, run_record
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from leyden.errors import ConfigurationError
-from leyden.runfolder import STORE
 from leyden.spans import Mode, RolloutState
 from leyden.sqlite import SQLiteStore
+from leyden.training.runfolder import STORE
 from leyden_plugins.observers import report_data
 from leyden_plugins.observers.report import ReportSink, embedded, page, report_command, write_report
 from leyden_plugins.observers.report_data import LONGEST_TEXT, Texts, charts, choose

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from leyden.deploying.exported import EXPORT_FILE, POLICIES, read_export
 from leyden.errors import ConfigurationError
-from leyden.exported import EXPORT_FILE, POLICIES, read_export
 from leyden.interfaces import Access, Engine, Generation, GenerationRequest
 from leyden.looping import LoopThread
 from leyden.plugins import load_plugins

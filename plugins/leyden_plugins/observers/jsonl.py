@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from leyden.runfolder import METRICS, note_path
+from leyden.training.runfolder import METRICS, note_path
 
 
 class JsonlSink:

@@ -21,7 +21,7 @@ import msgspec
 from leyden.errors import ConfigurationError
 from leyden.looping import LoopThread
 from leyden.redaction import Redactor
-from leyden.runfolder import REPORT, STORE, note_path
+from leyden.training.runfolder import REPORT, STORE, note_path
 from leyden_plugins.observers.report_data import report_data
 
 

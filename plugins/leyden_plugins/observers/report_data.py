@@ -13,11 +13,11 @@ from pathlib import Path
 import msgspec
 
 from leyden.interfaces import RolloutRecords, Store
-from leyden.runfolder import RUN, STORE, SUMMARY, read_json
 from leyden.show import printable, task_text
 from leyden.spans import FINISHED, Kind, Mode, Rollout
 from leyden.spantree import Node, answer_of, as_text, attributes_of, model_calls, nodes, prompt_of, token_counts
 from leyden.sqlite import SQLiteStore
+from leyden.training.runfolder import RUN, STORE, SUMMARY, read_json
 from leyden_plugins.observers.jsonl import read_metrics
 from leyden_plugins.observers.metrics import CHARTS, METRICS, base_name, matches, unit_of
 

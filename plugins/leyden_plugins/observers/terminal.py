@@ -16,8 +16,8 @@ from typing import cast
 
 from leyden.extras import extra
 from leyden.rewards import DEFAULT_REWARD
-from leyden.runfolder import REPORT
 from leyden.show import one_line, printable, program, task_text
+from leyden.training.runfolder import REPORT
 
 with extra("train"):
     from rich.box import SIMPLE

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 from leyden import wire
+from leyden.deploying.exported import Export, read_export
 from leyden.errors import ConfigurationError
-from leyden.exported import Export, read_export
 from leyden.instrumentation import instrument, is_instrumented, uninstrument
 from leyden.roles import Route, Routing
 

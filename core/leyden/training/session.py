@@ -14,7 +14,6 @@ from pathlib import Path
 from leyden import mdp
 from leyden.credit import Credit
 from leyden.errors import RolloutError
-from leyden.evaluation import Evaluation, evaluation_of
 from leyden.interfaces import (
     AttemptResult,
     Group,
@@ -23,11 +22,12 @@ from leyden.interfaces import (
     TrainingRow,
     Transition,
 )
-from leyden.parts import Parts
 from leyden.roles import Policy
-from leyden.rollouts import refuse_all_failed
-from leyden.runfolder import PARTIAL, checkpoint_folder, drop_old_checkpoints
+from leyden.running.rollouts import refuse_all_failed
 from leyden.spans import Checkpoint, Mode, Resource, Rollout, Update, new_id, now_ns
+from leyden.training.evaluation import Evaluation, evaluation_of
+from leyden.training.parts import Parts
+from leyden.training.runfolder import PARTIAL, checkpoint_folder, drop_old_checkpoints
 
 
 @dataclass(frozen=True, kw_only=True)

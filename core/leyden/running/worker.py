@@ -20,12 +20,12 @@ from multiprocessing.connection import Connection
 
 import msgspec
 
-from leyden import agents
-from leyden.attempts import run_attempt
 from leyden.instrumentation import instrument
 from leyden.interfaces import AttemptResult, RolloutSpec
 from leyden.looping import DaemonThreads
 from leyden.redaction import Redactor
+from leyden.running import agents
+from leyden.running.attempts import run_attempt
 from leyden.spans import Record
 from leyden.usage import Usage, usage
 

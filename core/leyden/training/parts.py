@@ -9,15 +9,15 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from leyden.agents import PerRollout, describe, import_path
-from leyden.executors import InProcessExecutor
 from leyden.interfaces import Agent, Engine, Executor, Gateway, Learner, RewardFunction, Store
-from leyden.measuring import Meter
 from leyden.plugins import Plugins
 from leyden.roles import Policy
-from leyden.rollouts import RolloutRules, RolloutRunner
+from leyden.running.agents import PerRollout, describe, import_path
+from leyden.running.executors import InProcessExecutor
+from leyden.running.rollouts import RolloutRules, RolloutRunner
+from leyden.running.workers import WorkerExecutor
 from leyden.sqlite import SQLiteStore
-from leyden.workers import WorkerExecutor
+from leyden.training.measuring import Meter
 
 log = logging.getLogger(__name__)
 

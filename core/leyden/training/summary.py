@@ -10,12 +10,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from leyden.agents import describe
-from leyden.evaluation import Evaluation
 from leyden.interfaces import RolloutRecords
-from leyden.parts import Blueprint
 from leyden.roles import RESERVED_MODEL, Policy, matches
+from leyden.running.agents import describe
 from leyden.spans import FINISHED, Checkpoint, Kind, Mode, Rollout
+from leyden.training.evaluation import Evaluation
+from leyden.training.parts import Blueprint
 
 EXAMPLES = 3
 

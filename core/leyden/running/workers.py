@@ -19,9 +19,9 @@ import msgspec
 
 from leyden.errors import ConfigurationError, RolloutError
 from leyden.interfaces import AttemptResult, RolloutSpec
+from leyden.running.worker import FromWorker, ToWorker, WorkerSetup, worker_main
 from leyden.spans import Record, now_ns
 from leyden.usage import Usage
-from leyden.worker import FromWorker, ToWorker, WorkerSetup, worker_main
 
 log = logging.getLogger(__name__)
 

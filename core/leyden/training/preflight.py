@@ -9,7 +9,7 @@ from leyden import mdp
 from leyden.errors import EngineError
 from leyden.interfaces import Group, Learner, Transition
 from leyden.roles import Policy, check_roles, matches
-from leyden.rollouts import Tally, refuse_rewardless
+from leyden.running.rollouts import Tally, refuse_rewardless
 
 MAX_LOGPROB_DIFFERENCE = 0.05
 """Nats a token; above this engine and learner do not compute the same model."""

@@ -1,6 +1,6 @@
 """Run attempts in this process, as coroutines and threads, on an event loop of their own.
 
-Another process is usually faster (`leyden.workers`): this executor shares the interpreter lock with the
+Another process is usually faster (`leyden.running.workers`): this executor shares the interpreter lock with the
 gateway, the engine's loop and the learner. It is what lambdas, closures and notebook functions need.
 """
 
@@ -12,11 +12,11 @@ import dataclasses
 import functools
 from collections.abc import Awaitable, Callable, Sequence
 
-from leyden.agents import PerRollout
-from leyden.attempts import run_attempt
 from leyden.instrumentation import instrument
 from leyden.interfaces import Agent, AttemptResult, RewardFunction, RolloutSpec
 from leyden.looping import LoopThread
+from leyden.running.agents import PerRollout
+from leyden.running.attempts import run_attempt
 from leyden.spans import Record
 from leyden.usage import Usage
 

@@ -13,21 +13,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from leyden import runfolder, summary
-from leyden.agents import describe
 from leyden.credit import Credit
 from leyden.errors import ConfigurationError, LeydenError
-from leyden.evaluation import Evaluation
 from leyden.interfaces import Algorithm, RolloutRecords, Store
-from leyden.measuring import Timing
-from leyden.parts import Blueprint, Parts, opened
-from leyden.preflight import preflight
 from leyden.roles import check_roles
-from leyden.session import Schedule, TrainingSession
-from leyden.sinks import Sinks
+from leyden.running.agents import describe
 from leyden.spans import FINISHED, Checkpoint, Mode, Rollout
 from leyden.sqlite import SQLiteStore
-from leyden.tasks import checked_tasks
+from leyden.training import runfolder, summary
+from leyden.training.evaluation import Evaluation
+from leyden.training.measuring import Timing
+from leyden.training.parts import Blueprint, Parts, opened
+from leyden.training.preflight import preflight
+from leyden.training.session import Schedule, TrainingSession
+from leyden.training.sinks import Sinks
+from leyden.training.tasks import checked_tasks
 
 
 @dataclass(frozen=True, kw_only=True)

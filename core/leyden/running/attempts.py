@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from leyden.agents import PerRollout, call
 from leyden.context import RolloutContext, rollout_scope
 from leyden.errors import DeadlineExceeded, LostContextError, RewardError, RolloutError
 from leyden.interfaces import Agent, AttemptResult, RewardFunction, RolloutSpec
 from leyden.rewards import NO_REWARD, named
+from leyden.running.agents import PerRollout, call
 from leyden.spans import Record, Reward, now_ns
 
 CANCEL_GRACE_SECONDS = 2.0

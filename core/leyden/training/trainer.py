@@ -12,25 +12,25 @@ from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from leyden import runfolder
-from leyden.agents import PerRollout, check_agent
 from leyden.credit import Credit
 from leyden.errors import ConfigurationError, DatasetError
-from leyden.evaluation import Evaluation
 from leyden.interfaces import Agent, Algorithm, Engine, Learner, MetricSink, RewardFunction, RolloutRecords
-from leyden.jobs import Jobs, Plan
 from leyden.looping import Job, LoopThread
-from leyden.parts import Blueprint
 from leyden.plugins import load_plugins
 from leyden.rewards import DEFAULT_REWARD, check_weights
 from leyden.roles import Policy, routes_for
-from leyden.rollouts import RolloutRules
-from leyden.session import Schedule
+from leyden.running.agents import PerRollout, check_agent
+from leyden.running.rollouts import RolloutRules
+from leyden.running.worker import is_worker
+from leyden.running.workers import GUARD_HINT
 from leyden.show import span_tree
-from leyden.sinks import Sinks
-from leyden.tasks import checked_tasks
-from leyden.worker import is_worker
-from leyden.workers import GUARD_HINT
+from leyden.training import runfolder
+from leyden.training.evaluation import Evaluation
+from leyden.training.jobs import Jobs, Plan
+from leyden.training.parts import Blueprint
+from leyden.training.session import Schedule
+from leyden.training.sinks import Sinks
+from leyden.training.tasks import checked_tasks
 
 Result = TypeVar("Result")
 

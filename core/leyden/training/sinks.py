@@ -7,8 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 
 from leyden.interfaces import MetricSink
-from leyden.parts import Parts
 from leyden.plugins import Plugins
+from leyden.training.parts import Parts
 
 log = logging.getLogger(__name__)
 

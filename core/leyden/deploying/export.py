@@ -20,12 +20,12 @@ from typing import cast
 
 import msgspec
 
+from leyden.deploying.exported import EXPORT_FILE, POLICIES, Export, ExportedPolicy
 from leyden.errors import ConfigurationError
-from leyden.exported import EXPORT_FILE, POLICIES, Export, ExportedPolicy
 from leyden.looping import LoopThread
-from leyden.runfolder import RUN, STORE, checkpoint_folder, read_json, write_json
 from leyden.spans import Resource, new_id
 from leyden.sqlite import SQLiteStore
+from leyden.training.runfolder import RUN, STORE, checkpoint_folder, read_json, write_json
 
 PROMPTS = "prompts.json"
 INSTRUCTIONS = "SERVE.md"

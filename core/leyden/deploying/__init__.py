@@ -1,0 +1,1 @@
+"""Back into the app: export folders, and routing roles to what was trained."""
