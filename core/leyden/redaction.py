@@ -32,6 +32,12 @@ _KEY_MARKS = (b"sk-", b"hf_", b"gsk_", b"ghp_", b"gho_", b"github_pat_", b"xox",
 """One of these stands in whatever `_KEY` finds."""
 # The look-behind stands after the literal, so that the search can skip to the literal: `task-` is no key.
 _KEY = re.compile("|".join(rf"{p}(?<![A-Za-z0-9]{p})[A-Za-z0-9_\-]{{{least},}}" for p, least in _KEY_LENGTHS.items()))
+_AFTER_ESCAPE = re.compile(
+    r"((?:\x1b|\\u001b)\[[0-9;?]*[A-Za-z])(?:"
+    + "|".join(rf"{p}[A-Za-z0-9_\-]{{{least},}}" for p, least in _KEY_LENGTHS.items())
+    + ")"
+)
+"""A key straight after a terminal's escape sequence, whose last letter `_KEY` takes for the beginning of a word."""
 _BEARER = re.compile(r"(?i)\b((?:bearer|basic)\s+)[A-Za-z0-9._~+/=\-]{16,}")
 # Only a quoted `authorization` counts: the bare word followed by a colon is ordinary prose and ordinary SQL.
 _NAMED = re.compile(
@@ -44,6 +50,7 @@ _NAME_MARKS = (b"bearer", b"basic", b"authorization", b"api_key", b"apikey", b"a
 """One of these stands, after `_FOLDED`, in whatever `_BEARER`, `_NAMED` or `_SECRET_NAMES` finds."""
 _FOLDED = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ- ", b"abcdefghijklmnopqrstuvwxyz__")
 _BYTES_KEY = re.compile(_KEY.pattern.encode())
+_BYTES_AFTER_ESCAPE = re.compile(_AFTER_ESCAPE.pattern.encode())
 
 _SECRET_VARIABLE = re.compile(r"(?:_API_KEY|_TOKEN|_SECRET|_SECRET_KEY|_PASSWORD)$")
 
@@ -90,7 +97,7 @@ class Redactor:
                 return True
         # Plain loops: this runs for every record, and a generator would cost more than its searches.
         for mark in _KEY_MARKS:
-            if mark in encoded and _BYTES_KEY.search(encoded):
+            if mark in encoded and (_BYTES_KEY.search(encoded) or _BYTES_AFTER_ESCAPE.search(encoded)):
                 return True
         folded = encoded.translate(_FOLDED)
         for mark in _NAME_MARKS:  # noqa: SIM110
@@ -102,7 +109,7 @@ class Redactor:
         """Return `text` without its secrets."""
         for secret in self._secrets:
             text = text.replace(secret, REDACTED)
-        text = _KEY.sub(REDACTED, text)
+        text = _AFTER_ESCAPE.sub(rf"\1{REDACTED}", _KEY.sub(REDACTED, text))
         text = _BEARER.sub(rf"\1{REDACTED}", text)
         return _NAMED.sub(rf"\1{REDACTED}", text)
 

@@ -94,6 +94,7 @@ def test_ordinary_text_is_left_alone(text: str) -> None:
         ("hf_abcdefghijklmnopqrstuvwx", REDACTED),
         ("{'api_key': 'abcdefgh12'}", f"{{'api_key': {REDACTED}}}"),
         ("OPENAI_API_KEY=abcdefgh12 python", f"OPENAI_API_KEY={REDACTED} python"),
+        ("\x1b[2Jsk-canary-3f9a1c77e2d84b06", "\x1b[2J[redacted]"),
     ],
 )
 def test_keys_inside_text_are_taken_out(text: str, clean: str) -> None:
