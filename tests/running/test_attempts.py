@@ -52,6 +52,15 @@ def test_a_reward_function_scores_what_the_agent_returned():
     assert (result.rewards, result.output) == ({"reward": 9.0}, "answer")
 
 
+def test_a_reward_function_that_raises_is_not_the_agents_failure():
+    def broken(task, output, rollout):
+        raise ZeroDivisionError("no rows")
+
+    result = attempt(lambda task: "answer", reward=broken)
+    assert result.error_type == "RewardError" and result.rewards is None
+    assert "rollout 'r1': the reward function raised ZeroDivisionError: no rows" in str(result.error)
+
+
 def test_an_agent_that_raises_is_a_failed_attempt_with_its_traceback_and_closed_spans():
     def agent(task):
         raise KeyError("no such table")

@@ -100,7 +100,7 @@ async def _run(
     try:
         with rollout_scope(context) as root:
             output = await call(agent, spec.task)
-            score = output if reward is None else await call(reward, spec.task, output, context)
+            score = output if reward is None else await _score(reward, spec, output, context)
             found = _record_returned(spec, score, emitted)
             root.attributes["leyden.rewards"] = dict(emitted.names)
     except DeadlineExceeded:
@@ -119,6 +119,20 @@ async def _run(
         no_reward=score is NO_REWARD,
         output=None if reward is None else jsonable(output),
     )
+
+
+async def _score(reward: RewardFunction, spec: RolloutSpec, output: object, context: RolloutContext) -> object:
+    """Call the reward function; its failure is not the agent's and must not be trained as one.
+
+    Raises:
+        RewardError: the function raised.
+    """
+    try:
+        return await call(reward, spec.task, output, context)
+    except Exception as error:
+        raise RewardError(
+            f"rollout {spec.rollout_id!r}: the reward function raised {type(error).__name__}: {error}"
+        ) from error
 
 
 def _record_returned(spec: RolloutSpec, score: object, emitted: _Emitted) -> dict[str, float] | None:

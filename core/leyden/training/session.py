@@ -258,15 +258,15 @@ class TrainingSession:
         )
         return updates
 
-    async def evaluate(self, step: int, tasks: Sequence[object] | None = None, *, label: str = "e") -> Evaluation:
+    async def evaluate(self, step: int, tasks: Sequence[object] | None = None) -> Evaluation:
         """Run every held-out task once with the agent's own sampling."""
         chosen = self._val_tasks if tasks is None else tasks
         planned = [
             Rollout(
-                rollout_id=f"{label}{step}-t{index}",
+                rollout_id=f"e{step}-t{index}",
                 task=task,
                 task_id=f"v{index}",
-                group_id=f"{label}{step}-t{index}",
+                group_id=f"e{step}-t{index}",
                 mode=Mode.EVALUATE,
                 step=step,
             )
