@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 import leyden
-from tests.capture.servers import FakeOpenAI, serving
+from tests.capture.conftest import gateway, servers, user_server
+
+__all__ = ["gateway", "servers", "user_server"]  # fixtures of the tests here too
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
@@ -19,26 +21,6 @@ def run() -> Iterator[Run]:
     yield loop.run_until_complete
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
-
-
-@pytest.fixture(scope="session")
-def servers() -> Iterator[tuple[FakeOpenAI, FakeOpenAI]]:
-    with serving() as user, serving() as gateway:
-        yield user, gateway
-
-
-@pytest.fixture
-def user_server(servers: tuple[FakeOpenAI, FakeOpenAI]) -> FakeOpenAI:
-    """The endpoint that the user's own client points at."""
-    servers[0].clear()
-    return servers[0]
-
-
-@pytest.fixture
-def gateway(servers: tuple[FakeOpenAI, FakeOpenAI]) -> FakeOpenAI:
-    """Where routed roles go."""
-    servers[1].clear()
-    return servers[1]
 
 
 @pytest.fixture
