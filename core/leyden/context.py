@@ -125,19 +125,6 @@ class RolloutContext:
         with self._lock:
             return self._open.pop(span.span_id, None) is not None
 
-    def close_descendants(self, span_id: str, status: Status, error: str | None = None) -> None:
-        """Close every open span below `span_id`, children before parents."""
-        with self._lock:
-            open_spans = list(self._open.values())
-        below = {span_id}
-        victims: list[OpenSpan] = []
-        for span in sorted(open_spans, key=lambda span: span.start_ns):
-            if span.parent_id in below:
-                below.add(span.span_id)
-                victims.append(span)
-        for span in reversed(victims):
-            span.close(status, error)
-
     def close(self) -> int:
         """Close what is still open as abandoned; return how many spans that were."""
         self.is_closed = True
@@ -198,11 +185,6 @@ def leave(token: Token[Frame | None]) -> None:
     """Undo `enter`. A token from another context (a generator closed elsewhere) is ignored."""
     with contextlib.suppress(ValueError):
         _current.reset(token)
-
-
-def active_rollouts() -> int:
-    """Return how many rollouts run in this process."""
-    return len(_active)
 
 
 def active_routing() -> Routing | None:

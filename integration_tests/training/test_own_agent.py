@@ -10,6 +10,7 @@ from nbclient import NotebookClient
 
 from examples.text_to_sql import questions
 from integration_tests.training.plain_agent import CANARY, MODEL, ROOT
+from leyden.training.evaluation import Evaluation
 from leyden_plugins.algorithms.rl import GRPO
 from leyden_plugins.engines.transformers import TransformersEngine
 
@@ -33,13 +34,15 @@ def test_the_users_key_reaches_no_file_of_the_run(app, make_trainer, tmp_path):
 
 
 def test_fit_works_inside_a_running_loop_and_afit_can_be_awaited(app, make_trainer, tmp_path):
-    async def main() -> tuple[dict[str, object], dict[str, object]]:
+    async def main() -> tuple[dict[str, object], dict[str, object], Evaluation]:
         blocking = make_trainer(app.solve_async, run=tmp_path / "one").fit(1)
-        awaited = await make_trainer(app.solve_async, run=tmp_path / "two").afit(1)
-        return blocking, awaited
+        trainer = make_trainer(app.solve_async, run=tmp_path / "two")
+        awaited = await trainer.afit(1)
+        return blocking, awaited, await trainer.aevaluate([questions.load("tuning", count=1)[0].task])
 
-    blocking, awaited = asyncio.run(main())
+    blocking, awaited, evaluation = asyncio.run(main())
     assert blocking["steps"] == awaited["steps"] == 1
+    assert (evaluation.step, evaluation.estimate().n) == (1, 1)
 
 
 def test_a_lambda_runs_in_this_process_and_says_so(app, make_trainer, caplog):

@@ -90,7 +90,8 @@ class TrainingSession:
         self._report_step = report_step
         self._report_progress = report_progress
         self._saved_step = first_step - 1
-        self._updated: dict[str, int] = {}
+        self._updated: dict[str, None] = {}
+        """Policies with an optimizer step since the last publish, in order."""
         self._clock = Clock()
 
     @property
@@ -194,7 +195,7 @@ class TrainingSession:
         for rows in batches:
             found = dict(self._parts.learner.forward_backward(policy.name, rows, loss))
             found.update(self._parts.learner.optim_step(policy.name, rate))
-            self._updated[policy.name] = self._updated.get(policy.name, 0) + 1
+            self._updated[policy.name] = None
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value
         return {name: value / len(batches) for name, value in sums.items()}
