@@ -4,10 +4,10 @@ VENV := .venv/bin
 BOOT := $(or $(PYTHON),python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench compatibility clean
 
 help: ## show this help
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 24
 
 setup: ## make .venv with everything the demo and the tests need (PYTHON=... picks the interpreter)
 	@$(BOOT) scripts/setup.py
@@ -25,6 +25,9 @@ lint: setup ## check style and types
 
 bench: setup ## measure the demo
 	@$(VENV)/python -m benchmarks.demo
+
+compatibility: setup ## run every framework against the gateway and write docs/compatibility.*
+	@$(VENV)/python scripts/compatibility.py
 
 clean: ## delete the environment, caches and build outputs; runs/ stays
 	@rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,9 +1,14 @@
-"""Make small environments, each with Leyden and some of its extras alone, for tests of what a user has installed.
+"""Make environments beside `.venv`, for tests of what users have installed.
 
-    python scripts/environments.py langchain       # prints the environment's interpreter
+    python scripts/environments.py langchain       # Leyden with some of its extras alone; prints the interpreter
+    python scripts/environments.py --lanes         # every lane of the framework tests
+
+An environment of extras shows what `pip install leyden[...]` brings. A lane holds exactly what its lock file pins:
+many frameworks at once, in versions that were resolved together.
 
 They lie in `build/environments/` under a hash of all that decides what they hold, so a second call is free. Leyden
-itself is installed in place: its sources may change without the environment being made anew.
+itself is installed in place: its sources may change without an environment being made anew, and for a lane, which
+takes none of Leyden's own requirements, so may everything in pyproject.toml but the entry points.
 """
 
 from __future__ import annotations
@@ -11,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,6 +27,10 @@ if __name__ == "__main__":
 from scripts.setup import Interpreter, Progress, Run, ensure_venv, pip_install  # noqa: E402 - after the path
 
 STAMP = "leyden-environment.stamp"
+LOCKS = "integration_tests/frameworks/environments"
+"""Folder of the lock files; the `.in` beside each says what was asked for."""
+
+DIGEST_LENGTH = 12
 
 
 def environment(extras: Sequence[str], *, root: Path = ROOT, run: Run | None = None) -> Path:
@@ -29,33 +39,76 @@ def environment(extras: Sequence[str], *, root: Path = ROOT, run: Run | None = N
     Raises:
         SetupError: it cannot be made; the message says why.
     """
-    progress = Progress()
-    run = run or progress.run
-    folder = environment_folder(extras, root)
+    name = f"leyden[{','.join(extras)}]"
+    install = ["-c", str(root / "constraints.txt"), "-e", f"{root}[{','.join(extras)}]"]
+    return make(environment_folder(extras, root), f"{name} and what it needs", [install], run=run)
+
+
+def lane(name: str, *, root: Path = ROOT, run: Run | None = None) -> Path:
+    """Return the interpreter of a lane, made where it is missing.
+
+    Raises:
+        SetupError: it cannot be made; the message says why.
+    """
+    lock = root / LOCKS / f"{name}.txt"
+    installs = [["--no-deps", "-r", str(lock)], ["--no-deps", "-e", str(root)]]
+    return make(lane_folder(name, root), f"the packages of {lock.name}", installs, run=run)
+
+
+def lanes(root: Path = ROOT) -> list[str]:
+    """Return the names of all lanes."""
+    return sorted(lock.stem for lock in (root / LOCKS).glob("*.txt"))
+
+
+def environment_folder(extras: Sequence[str], root: Path) -> Path:
+    """Return where an environment of extras belongs."""
+    contents = [(root / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
+    return folder_for("-".join(sorted(extras)) or "base", root, [*map(str.encode, sorted(extras)), *contents])
+
+
+def lane_folder(name: str, root: Path) -> Path:
+    """Return where a lane belongs."""
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    installed = repr([project.get(key) for key in ("entry-points", "scripts")])
+    return folder_for(name, root, [(root / LOCKS / f"{name}.txt").read_bytes(), installed.encode()])
+
+
+def folder_for(name: str, root: Path, contents: Iterable[bytes]) -> Path:
+    """Return a folder: a name for people, then a hash of what decides its contents."""
+    digest = hashlib.sha256()
+    # Its place counts: an install in place is absolute.
+    for part in (sys.version.encode(), str(root).encode(), *contents):
+        digest.update(part + b"\0")
+    return root / "build" / "environments" / f"{name}-{digest.hexdigest()[:DIGEST_LENGTH]}"
+
+
+def make(folder: Path, what: str, installs: Sequence[list[str]], *, run: Run | None) -> Path:
+    """Return the interpreter in `folder`, making the environment where it is not complete.
+
+    Raises:
+        SetupError: it cannot be made; the message says why.
+    """
     python = folder / "bin" / "python"
     if (folder / STAMP).is_file():
         return python
-    for old in folder.parent.glob(f"{folder.name.rpartition('-')[0]}-*"):
+    progress = Progress()
+    run = run or progress.run
+    for old in folder.parent.glob(folder.name[:-DIGEST_LENGTH] + "[0-9a-f]" * DIGEST_LENGTH):
         shutil.rmtree(old)
     major, minor, micro = sys.version_info[:3]
     base = Interpreter(getattr(sys, "_base_executable", sys.executable), (major, minor, micro))
     folder.parent.mkdir(parents=True, exist_ok=True)
     ensure_venv(folder, base, run=run, say=progress.say)
-    progress.say(f"installing leyden[{','.join(extras)}] and what it needs")
-    pip_install(folder, ["-c", str(root / "constraints.txt"), "-e", f"{root}[{','.join(extras)}]"], run=run)
+    progress.say(f"installing {what}")
+    for arguments in installs:
+        pip_install(folder, arguments, run=run)
     (folder / STAMP).write_text("complete\n")
     return python
 
 
-def environment_folder(extras: Sequence[str], root: Path) -> Path:
-    """Return where the environment belongs: a name for people, then a hash of what decides its contents."""
-    digest = hashlib.sha256()
-    for part in (sys.version, str(root), *sorted(extras)):
-        digest.update(part.encode() + b"\0")
-    for name in ("pyproject.toml", "constraints.txt"):
-        digest.update((root / name).read_bytes() + b"\0")
-    return root / "build" / "environments" / f"{'-'.join(sorted(extras)) or 'base'}-{digest.hexdigest()[:12]}"
-
-
 if __name__ == "__main__":
-    print(environment(sys.argv[1:]))
+    if sys.argv[1:] == ["--lanes"]:
+        for each in lanes():
+            print(lane(each))
+    else:
+        print(environment(sys.argv[1:]))

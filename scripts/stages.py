@@ -23,9 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "build" / "stages.jsonl"
 LIMIT_MINUTES = 30.0
 ENVIRONMENTS = "environments"
-PYTEST = (".venv/bin/python", "-m", "pytest")
+PYTHON = ".venv/bin/python"
+PYTEST = (PYTHON, "-m", "pytest")
 TEST_STAGES: dict[str, tuple[str, ...]] = {
     ENVIRONMENTS: (sys.executable, "scripts/setup.py"),
+    "framework environments": (PYTHON, "scripts/environments.py", "--lanes"),
     "lint and types": ("make", "lint"),
     "unit": (*PYTEST, "tests"),
     "frameworks and integration": (*PYTEST, "integration_tests"),

@@ -14,11 +14,11 @@ EXAMPLES = ROOT / "examples"
 
 ORDER = """
 errors extras redaction
-spans roles context usage looping
+spans roles context activity usage looping
 hookspecs plugins interfaces ownership
 sqlite
 tokentree credit mdp rewards
-patching wire instrumentation
+patching wire endpoints instrumentation
 running spantree show training
 deploying __init__ testing
 doctor cli __main__

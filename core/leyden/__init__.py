@@ -4,8 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from leyden.context import declare_roles as declare_roles
+    from leyden.context import headers as headers
     from leyden.context import role as role
+    from leyden.context import tool as tool
     from leyden.deploying.deployment import deploy as deploy
+    from leyden.endpoints import Endpoint as Endpoint
+    from leyden.endpoints import endpoint as endpoint
     from leyden.instrumentation import instrument as instrument
     from leyden.instrumentation import uninstrument as uninstrument
     from leyden.rewards import NO_REWARD as NO_REWARD
@@ -15,22 +20,29 @@ if TYPE_CHECKING:
     from leyden.roles import Policy as Policy
     from leyden.roles import Sampling as Sampling
     from leyden.running.agents import per_rollout as per_rollout
+    from leyden.running.command import Command as Command
     from leyden.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
 HOMES = {
+    "Command": "leyden.running.command",
+    "Endpoint": "leyden.endpoints",
     "NO_REWARD": "leyden.rewards",
     "Policy": "leyden.roles",
     "Sampling": "leyden.roles",
     "Trainer": "leyden.training.trainer",
+    "declare_roles": "leyden.context",
     "deploy": "leyden.deploying.deployment",
     "emit_event": "leyden.rewards",
     "emit_message": "leyden.rewards",
     "emit_reward": "leyden.rewards",
+    "endpoint": "leyden.endpoints",
+    "headers": "leyden.context",
     "instrument": "leyden.instrumentation",
     "per_rollout": "leyden.running.agents",
     "role": "leyden.context",
+    "tool": "leyden.context",
     "uninstrument": "leyden.instrumentation",
 }
 """Public name -> its module, imported on first use: an agent's process should not pay for the trainer."""

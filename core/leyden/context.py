@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import quote
 
 from leyden.roles import MAIN_ROLE, Routing
 from leyden.spans import Kind, Mode, Record, Span, Status, new_id, now_ns
@@ -36,6 +37,7 @@ class OpenSpan:
         "role",
         "span_id",
         "start_ns",
+        "when_left",
     )
 
     def __init__(self, context: RolloutContext, kind: Kind, name: str, role: str, parent_id: str | None) -> None:
@@ -47,6 +49,8 @@ class OpenSpan:
         self.span_id = new_id()
         self.start_ns = now_ns()
         self.attributes: dict[str, object] = {}
+        self.when_left: Callable[[], None] | None = None
+        """Called when the rollout ends and this is still open: it may know better what became of it."""
         self._closed = False
 
     @property
@@ -103,6 +107,8 @@ class RolloutContext:
         self.infrastructure_error: BaseException | None = None
         """Set by the wire when the rollout must not count (lost context, gateway unreachable)."""
         self.is_closed = False
+        self.root_id: str | None = None
+        """The root span, once the rollout has begun."""
         self._sink = sink
         self._open: dict[str, OpenSpan] = {}
         self._lock = threading.Lock()
@@ -120,6 +126,15 @@ class RolloutContext:
                 self.spoken_roles[role] = self.spoken_roles.get(role, 0) + 1
         return span
 
+    def reassign(self, call: OpenSpan, role: str) -> None:
+        """Let another role have made an open model call than its adapter thought."""
+        with self._lock:
+            self.spoken_roles[call.role] -= 1
+            if not self.spoken_roles[call.role]:
+                del self.spoken_roles[call.role]
+            self.spoken_roles[role] = self.spoken_roles.get(role, 0) + 1
+            call.role = role
+
     def forget(self, span: OpenSpan) -> bool:
         """Take `span` from the open ones; False when it was closed before."""
         with self._lock:
@@ -131,6 +146,8 @@ class RolloutContext:
         with self._lock:
             left = sorted(self._open.values(), key=lambda span: span.start_ns, reverse=True)
         for span in left:
+            if span.when_left is not None:
+                span.when_left()
             span.close(Status.ABANDONED, "still open when the rollout ended")
         return len(left)
 
@@ -193,10 +210,23 @@ def active_routing() -> Routing | None:
         return next((rollout.routing for rollout in _active if rollout.routing is not None), None)
 
 
+def active_rollout(rollout_id: str) -> RolloutContext | None:
+    """Return the rollout of that name that runs in this process."""
+    with _active_lock:
+        return next((rollout for rollout in _active if rollout.rollout_id == rollout_id), None)
+
+
+def rollout_with_token(token: str) -> RolloutContext | None:
+    """Return the rollout that runs in this process and whose key at the gateway is `token`."""
+    with _active_lock:
+        return next((rollout for rollout in _active if rollout.routing and rollout.routing.token == token), None)
+
+
 @contextlib.contextmanager
 def rollout_scope(context: RolloutContext, name: str = "rollout") -> Iterator[OpenSpan]:
     """Run a rollout: open its root span and set the frame to role `main`."""
     root = context.open(Kind.ROLLOUT, name, MAIN_ROLE, None)
+    context.root_id = root.span_id
     with _active_lock:
         _active.add(context)
     token = enter(Frame(rollout=context, role=MAIN_ROLE, span_id=root.span_id))
@@ -224,6 +254,8 @@ def scope(kind: Kind, name: str, *, role: str | None = None, **attributes: objec
     span = frame.rollout.open(kind, name, speaker, frame.span_id) if frame.rollout else None
     if span:
         span.attributes.update(attributes)
+        if role is not None:
+            span.context.declared_roles.add(role)
     parent = span.span_id if span else frame.span_id
     token = enter(Frame(rollout=frame.rollout, role=speaker, span_id=parent))
     try:
@@ -241,6 +273,37 @@ def scope(kind: Kind, name: str, *, role: str | None = None, **attributes: objec
 def role(name: str) -> contextlib.AbstractContextManager[OpenSpan | None]:
     """Name who speaks: `with leyden.role("planner"): client.chat.completions.create(...)`."""
     return scope(Kind.AGENT, name, role=name)
+
+
+def declare_roles(*names: str) -> None:
+    """Say which roles there are, also those that a rollout may leave silent; does nothing outside a rollout.
+
+    Adapters do it for their frameworks. Plain code does it where a trained role speaks only sometimes: to Leyden a
+    role that never spoke and a misspelt one are the same.
+    """
+    frame = current()
+    if frame is not None and frame.rollout is not None:
+        frame.rollout.declared_roles.update(names)
+
+
+def tool(name: str, **attributes: object) -> contextlib.AbstractContextManager[OpenSpan | None]:
+    """Record a tool that the agent's own code runs: `with leyden.tool("search", query=query): ...`."""
+    return scope(Kind.TOOL, name, role=None, **{"gen_ai.tool.name": name, **attributes})
+
+
+def headers(role: str | None = None) -> dict[str, str]:
+    """Return request headers that say who calls, for work that is done elsewhere.
+
+    A queue worker that serves every rollout sends them with its request, and the call belongs to the rollout that
+    asked for it, whatever the worker's own context is. Outside a rollout only `role` is named, if at all.
+    """
+    frame = current() or Frame()
+    speaker = role or (frame.role if frame != Frame() else None)
+    named: dict[str, str | None] = {"role": speaker}
+    if frame.rollout is not None:
+        rollout = frame.rollout
+        named |= {"rollout": rollout.rollout_id, "attempt": str(rollout.attempt), "parent": frame.span_id}
+    return {f"x-leyden-{name}": quote(value, safe="") for name, value in named.items() if value}
 
 
 def status_of(error: BaseException) -> Status:

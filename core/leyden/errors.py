@@ -48,6 +48,14 @@ class LostContextError(LeydenError, RuntimeError):
     """Refuse a model call that belongs to no known rollout while rollouts are running here."""
 
 
+class ConcurrentUseError(RolloutError):
+    """Refuse an agent with a memory of its own that two rollouts use at once."""
+
+
+class CommandError(LeydenError, RuntimeError):
+    """Report an agent's program that could not start or failed: the agent's own failure."""
+
+
 class DatasetError(LeydenError, ValueError):
     """Refuse a set of tasks or of recorded data."""
 

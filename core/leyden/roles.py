@@ -31,6 +31,9 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = None
     keep_seed: bool = False
     """False drops the agent's `seed`, so that the samples of a group differ."""
+    keep_format: bool = False
+    """False lets the policy write freely where the agent asks for a format (`response_format`) or insists on a tool
+    call: with a mask its tokens would not be its own choice, and could not be trained."""
 
     def __post_init__(self) -> None:
         if self.temperature is not None and self.temperature < 0:
@@ -43,7 +46,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigurationError(f"max_tokens must be at least 1, got {self.max_tokens!r}")
 
 
-AGENTS_OWN = Sampling(temperature=None, top_p=None, top_k=None, max_tokens=None, keep_seed=True)
+AGENTS_OWN = Sampling(temperature=None, top_p=None, top_k=None, max_tokens=None, keep_seed=True, keep_format=True)
 """Leaves every sampling parameter to the agent: the default of evaluation."""
 
 
@@ -149,7 +152,10 @@ def routes_for(policies: Iterable[Policy]) -> tuple[Route, ...]:
 
 
 def check_roles(policies: Iterable[Policy], spoken: Mapping[str, int], declared: Iterable[str]) -> list[str]:
-    """Compare the policies' patterns with the roles seen; return warnings for declared but silent roles.
+    """Compare the policies' patterns with the roles seen; return a warning for each pattern of a silent role.
+
+    A role that speaks only now and then need not be in the first rollouts, and not every framework knows it before it
+    is made; so a policy is refused only when none of its patterns matches anybody.
 
     Args:
         policies: the run's policies.
@@ -157,21 +163,29 @@ def check_roles(policies: Iterable[Policy], spoken: Mapping[str, int], declared:
         declared: roles the adapters know of (graph nodes, agent names), silent or not.
 
     Raises:
-        RoleError: a pattern matches no role that spoke and none that was declared; lists both.
+        RoleError: no pattern of a policy matches a role that spoke or one that was declared; lists both.
     """
-    declared = set(declared)
+    known = set(declared)
+    seen = (
+        f"Roles that made model calls: {dict(sorted(spoken.items()))!r}; "
+        f"roles the framework declared: {sorted(known)!r}"
+    )
     warnings: list[str] = []
     for policy in policies:
-        for pattern in policy.roles or ():
-            if any(matches([pattern], role) for role in spoken):
-                continue
-            silent = sorted(role for role in declared if matches([pattern], role))
-            if not silent:
-                raise RoleError(
-                    f"policy {policy.name!r} trains role {pattern!r}, but no such role exists. "
-                    f"Roles that made model calls: {dict(sorted(spoken.items()))!r}; "
-                    f"roles the framework declared: {sorted(declared)!r}. Name one of these in Policy(roles=[...])"
+        patterns = list(policy.roles or ())
+        silent = [pattern for pattern in patterns if not any(matches([pattern], role) for role in spoken)]
+        unknown = [pattern for pattern in silent if not any(matches([pattern], role) for role in known)]
+        if patterns and unknown == patterns:
+            raise RoleError(
+                f"policy {policy.name!r} trains role {patterns[0]!r}, but no such role exists. {seen}. "
+                "Name one of these in Policy(roles=[...])"
+            )
+        for pattern in silent:
+            names = ", ".join(repr(role) for role in sorted(known) if matches([pattern], role))
+            if names:
+                warnings.append(f"policy {policy.name!r}: declared, but no model call yet: {names}")
+            else:
+                warnings.append(
+                    f"policy {policy.name!r}: nobody has spoken as {pattern!r} yet; is it spelled right? {seen}"
                 )
-            names = ", ".join(repr(role) for role in silent)
-            warnings.append(f"policy {policy.name!r}: declared, but no model call yet: {names}")
     return warnings

@@ -30,11 +30,11 @@ ABSENT = ("torch", "transformers", "numpy", "starlette", "uvicorn", "rich")
 APP = """
 import asyncio, json, sys
 import leyden, openai
-from leyden.wire import calls
+from leyden.wire import patience
 from examples.text_to_sql.agent import graph
 from examples.text_to_sql.databases import path
 
-calls.CONNECT_PATIENCE_SECONDS = 0.2  # of a server that is down; nobody waits for it here
+patience.CONNECT_PATIENCE_SECONDS = 0.2  # of a server that is down; nobody waits for it here
 folder, base_url, fallback, tasks = json.load(sys.stdin)
 
 async def main():

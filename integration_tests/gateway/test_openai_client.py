@@ -216,11 +216,9 @@ def test_errors_arrive_as_the_clients_own_exceptions() -> None:
         with pytest.raises(openai.BadRequestError, match="no room for an answer") as too_long:
             client(here, token).chat.completions.create(model="sql", messages=messages("users " * 5000))
         assert too_long.value.code == "context_length_exceeded"
-        with pytest.raises(openai.BadRequestError, match="'response_format' is not supported") as refused:
-            client(here, token).chat.completions.create(
-                model="sql", messages=messages(), response_format={"type": "json_object"}
-            )
-        assert refused.value.param == "response_format"
+        with pytest.raises(openai.BadRequestError, match="'logit_bias' is not supported") as refused:
+            client(here, token).chat.completions.create(model="sql", messages=messages(), logit_bias={"1": 5})
+        assert refused.value.param == "logit_bias"
 
 
 def test_the_client_retries_a_held_call_and_every_http_attempt_is_recorded() -> None:

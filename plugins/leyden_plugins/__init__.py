@@ -5,14 +5,31 @@ from leyden.hookspecs import Registry, hookimpl, lazy
 leyden_api_version = 1
 
 
+FRAMEWORKS = (
+    ("langchain", "langchain:LangChainAdapter", "LangChain and LangGraph"),
+    ("openai-agents", "openai_agents:OpenAIAgentsAdapter", "OpenAI Agents SDK"),
+    ("autogen", "autogen:AutoGenAdapter", "AutoGen AgentChat"),
+    ("crewai", "crewai:CrewAIAdapter", "CrewAI"),
+    ("agent-framework", "agent_framework:AgentFrameworkAdapter", "Microsoft Agent Framework"),
+    ("agentscope", "agentscope:AgentScopeAdapter", "AgentScope"),
+)
+"""Name, adapter, summary. Plain `openai` needs no adapter: the wire hears it."""
+
+
+DIALECTS = (
+    ("chat", "chat:ChatDialect", "OpenAI chat completions"),
+    ("completions", "completions:CompletionsDialect", "OpenAI completions"),
+    ("responses", "responses:ResponsesDialect", "OpenAI Responses"),
+    ("messages", "messages:MessagesDialect", "Anthropic messages"),
+)
+"""Name, dialect, summary."""
+
+
 @hookimpl
 def leyden_register(registry: Registry) -> None:
     """Name every built-in component; adding one is adding a line."""
-    registry.framework(
-        "langchain",
-        lazy("leyden_plugins.frameworks.langchain:LangChainAdapter"),
-        summary="LangChain and LangGraph",
-    )
+    for name, path, summary in FRAMEWORKS:
+        registry.framework(name, lazy(f"leyden_plugins.frameworks.{path}"), summary=summary)
 
     registry.engine(
         "transformers",
@@ -38,9 +55,8 @@ def leyden_register(registry: Registry) -> None:
     registry.executor(
         "workers", lazy("leyden.running.workers:WorkerExecutor"), summary="rollouts in processes beside the trainer"
     )
-    registry.dialect(
-        "chat", lazy("leyden_plugins.gateway.dialects.chat:ChatDialect"), summary="OpenAI chat completions"
-    )
+    for name, path, summary in DIALECTS:
+        registry.dialect(name, lazy(f"leyden_plugins.gateway.dialects.{path}"), summary=summary)
 
     registry.sink(
         "terminal", lazy("leyden_plugins.observers.terminal:TerminalSink"), summary="progress in the terminal"

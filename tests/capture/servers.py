@@ -1,18 +1,23 @@
-"""A small OpenAI-compatible server whose answers are decided by markers in the prompt, for capture tests.
+"""A small server whose answers are decided by markers in the prompt, for capture tests.
+
+It speaks the protocols of OpenAI (chat, completions, Responses) and Anthropic, JSON and streams.
 
 The truth about a request stands in its messages, so a test can compare it with what the headers claim:
 `rollout=r1 role=planner` anywhere; the last role named in a system message counts. Other markers:
 `call=NAME*2` answers with two tool calls of NAME until a tool message follows; `status=500*2` fails twice;
-`slow=0.5` waits; `cut` ends a stream in the middle; `gated` holds it after the first word.
+`slow=0.5` waits; `cut` ends a stream in the middle, `fails` ends it with an error event, `broken` puts an event
+that is no JSON into it, `gated` holds it after the first word; `zipped` compresses any answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import re
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -25,6 +30,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tests.capture.dialects import answer_body, answer_events, error_event, messages_of, tools_of
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -35,9 +42,15 @@ class Seen:
     raw: bytes
     body: dict[str, Any]
 
+    method: str = "POST"
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        return messages_of(self.body)
+
     @property
     def text(self) -> str:
-        return " ".join(flat(message.get("content")) for message in self.body.get("messages", []))
+        return " ".join(flat(message.get("content")) for message in self.messages)
 
     def marked(self, name: str) -> str | None:
         """Return the value of the last marker `name=value` in the prompt."""
@@ -46,7 +59,7 @@ class Seen:
 
     @property
     def true_role(self) -> str | None:
-        systems = [m for m in self.body.get("messages", []) if m.get("role") in ("system", "developer")]
+        systems = [m for m in self.messages if m.get("role") in ("system", "developer")]
         found = re.findall(r"\brole=([\w.-]+)", " ".join(flat(m.get("content")) for m in systems))
         return found[-1] if found else self.marked("role")
 
@@ -78,7 +91,7 @@ class FakeOpenAI:
 
     async def answer(self, request: Request) -> Response:
         raw = await request.body()
-        seen = Seen(request.url.path, dict(request.headers), raw, json.loads(raw))
+        seen = Seen(request.url.path, dict(request.headers), raw, json.loads(raw or b"{}"), request.method)
         if self.held > 0:
             self.held -= 1
             return JSONResponse({"error": {"message": "held"}}, 503, headers={"retry-after": "0.05"})
@@ -90,17 +103,23 @@ class FakeOpenAI:
             self.failures[seen.text] += 1
             if self.failures[seen.text] <= int(times or 1):
                 return JSONResponse({"error": {"message": "told to fail", "type": "server_error"}}, int(code))
-        choice = answer_to(seen)
+        if seen.path.endswith(("/input_tokens", "/count_tokens")):
+            return JSONResponse({"input_tokens": 7, "object": "response.input_tokens"})
+        message = answer_to(seen)
+        zipped = {"content-encoding": "gzip"} if "zipped" in seen.text.split() else None
         if seen.body.get("stream"):
-            return StreamingResponse(events(seen, choice, self.go_on), media_type="text/event-stream")
-        return JSONResponse(completion(seen, choice))
+            pieces = events(seen, message, self.go_on, is_zipped=zipped is not None)
+            return StreamingResponse(pieces, media_type="text/event-stream", headers=zipped)
+        content = json.dumps(answer_body(seen.path, seen.body.get("model", ""), message)).encode()
+        content = gzip.compress(content) if zipped else content
+        return Response(content, media_type="application/json", headers=zipped)
 
 
 def answer_to(seen: Seen) -> dict[str, Any]:
     """Return the message that the markers ask for."""
     wanted = seen.marked("call")
-    last_is_tool = seen.body["messages"][-1].get("role") == "tool"
-    offered = [tool["function"] for tool in seen.body.get("tools") or []]
+    last_is_tool = bool(seen.messages) and seen.messages[-1].get("role") == "tool"
+    offered = tools_of(seen.body)
     if wanted and not last_is_tool:
         name, _, times = wanted.partition("*")
         tool = next((each for each in offered if each["name"] == name), None)
@@ -115,37 +134,26 @@ def answer_to(seen: Seen) -> dict[str, Any]:
     return {"role": "assistant", "content": f"answer to rollout={seen.marked('rollout')} role={seen.true_role}"}
 
 
-def completion(seen: Seen, message: dict[str, Any]) -> dict[str, Any]:
-    reason = "tool_calls" if message.get("tool_calls") else "stop"
-    return {
-        "id": "chatcmpl-1",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": seen.body["model"],
-        "choices": [{"index": 0, "message": message, "finish_reason": reason}],
-        "usage": {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10},
-    }
-
-
-async def events(seen: Seen, message: dict[str, Any], go_on: threading.Event) -> AsyncIterator[bytes]:
+async def events(
+    seen: Seen, message: dict[str, Any], go_on: threading.Event, *, is_zipped: bool = False
+) -> AsyncIterator[bytes]:
     """Yield the answer as server-sent events."""
-    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": seen.body["model"]}
-
-    def event(delta: dict[str, Any], reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
-        return b"data: " + json.dumps({**head, "choices": [choice]}).encode() + b"\n\n"
-
-    yield event({"role": "assistant", "content": ""})
-    for word in (message.get("content") or "").split():
-        yield event({"content": word + " "})
-        if "cut" in seen.text.split():
+    marks = seen.text.split()
+    squeeze = zlib.compressobj(wbits=zlib.MAX_WBITS | 16)
+    path = seen.path
+    has_usage = bool((seen.body.get("stream_options") or {}).get("include_usage"))
+    for index, event in enumerate(answer_events(path, seen.body["model"], message, has_usage=has_usage)):
+        if index == 3 and "broken" in marks:
+            event = b'data: {"choices": [{"ind\n\ndata: 7\n\n' + event
+        is_failing = index == 3 and "fails" in marks
+        event = error_event(path) if is_failing else event
+        yield squeeze.compress(event) + squeeze.flush(zlib.Z_SYNC_FLUSH) if is_zipped else event
+        if is_failing or (index == 3 and "cut" in marks):
             return
-        while "gated" in seen.text.split() and not go_on.is_set():
+        while index == 1 and "gated" in marks and not go_on.is_set():
             await asyncio.sleep(0.002)
-    for index, call in enumerate(message.get("tool_calls") or []):
-        yield event({"tool_calls": [{**call, "index": index}]})
-    yield event({}, "tool_calls" if message.get("tool_calls") else "stop")
-    yield b"data: [DONE]\n\n"
+    if is_zipped:
+        yield squeeze.flush()
 
 
 @contextmanager
@@ -153,7 +161,7 @@ def serving() -> Iterator[FakeOpenAI]:
     """Run a server on a free port of 127.0.0.1 for the length of the block."""
     fake = FakeOpenAI()
     paths = ("/v1/{rest:path}", "/openai/{rest:path}", "/{rest:path}")
-    app = Starlette(routes=[Route(path, fake.answer, methods=["POST"]) for path in paths])
+    app = Starlette(routes=[Route(path, fake.answer, methods=["POST", "GET", "DELETE"]) for path in paths])
     config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off", ws="none")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -14,7 +14,7 @@ import pytest
 import leyden
 from leyden import wire
 from leyden.errors import ConfigurationError
-from leyden.wire import patches
+from leyden.wire import patience
 from tests.capture.servers import FakeOpenAI
 
 BODY = {"model": "gpt", "messages": [{"role": "system", "content": "old"}, {"role": "user", "content": "x"}]}
@@ -57,8 +57,8 @@ def test_deployed_roles_and_prompts_take_effect_until_closed(
 def test_a_server_that_is_down_falls_back_only_when_asked_to(
     library: Any, export: Path, user_server: FakeOpenAI, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("leyden.wire.calls.CONNECT_PATIENCE_SECONDS", 0.1)
-    patches.warn_of_fallback.cache_clear()
+    monkeypatch.setattr("leyden.wire.patience.CONNECT_PATIENCE_SECONDS", 0.1)
+    patience.warn_of_fallback.cache_clear()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         down = f"http://127.0.0.1:{free.getsockname()[1]}/v1"

@@ -12,7 +12,7 @@ import pytest
 from leyden import context, wire
 from leyden.context import role
 from leyden.spans import Kind, Status
-from leyden.wire import patches
+from leyden.wire.state import WIRE
 from tests.capture.rollouts import rollout, routing_to
 from tests.capture.servers import FakeOpenAI
 
@@ -74,6 +74,7 @@ def test_a_routed_role_goes_to_the_gateway_as_its_policy_with_who_calls_in_the_h
     assert seen.body == {**BODY, "model": "sql"}
     named = {name: value for name, value in seen.headers.items() if name.startswith("x-leyden")}
     assert named == {
+        "x-leyden-model": "gpt",
         "x-leyden-rollout": "r1",
         "x-leyden-attempt": "1",
         "x-leyden-role": "schreiber%2F%C3%BC",
@@ -244,7 +245,7 @@ def test_leydens_clients_are_closed_with_the_wire(library: Any, gateway: FakeOpe
     wire.install()
     with rollout(routing_to(gateway.base_url)), library.Client() as client:
         client.post("http://user.invalid/chat/completions", json=BODY)
-    own = patches._wire.libraries[library.__name__].sync_client()
+    own = WIRE.libraries[library.__name__].sync_client()
     assert not own.is_closed
     wire.uninstall()
     assert own.is_closed

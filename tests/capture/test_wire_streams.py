@@ -84,7 +84,7 @@ def test_a_stream_closed_early_by_the_reader_is_interrupted(
 ) -> None:
     with rollout(scene[0]) as recorded, role("writer"):
         read(library, user_server.base_url, body(), is_async=is_async, stop_after=3)
-    assert only_call(recorded) == (Status.INTERRUPTED, "closed by the reader")
+    assert only_call(recorded) == (Status.INTERRUPTED, "the reader stopped before its last event")
     assert recorded.context.infrastructure_error is None
 
 

@@ -209,13 +209,3 @@ async def test_a_sampled_call_is_given_once_it_is_parsed(
     assert call["function"]["name"] == "search"
     assert json.loads(call["function"]["arguments"]) == CALL["arguments"]
     assert [bool(delta.tool_calls) for delta in answer.deltas][-1]
-
-
-@pytest.mark.anyio
-async def test_forced_tools_are_refused(qwen: Path) -> None:
-    wanted = GenerationRequest(
-        model="base", messages=[{"role": "user", "content": "x"}], tools=[TOOL], tool_choice="required"
-    )
-    async with running(qwen) as engine:
-        with pytest.raises(ConfigurationError, match="tool_choice 'required' needs constrained decoding"):
-            await engine.generate(wanted)

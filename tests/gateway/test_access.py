@@ -132,7 +132,7 @@ async def test_the_models_of_a_token_are_listed() -> None:
 async def test_health_needs_no_token_and_other_paths_and_methods_are_json_errors() -> None:
     async with running() as here:
         assert (await here.client.get("/health")).json() == {"status": "ok"}
-        for path in ("/", "/v1", "/v1/completions", "/rollout/r1/role//v1/models", "/rollout/r1/v1/models", "/%00"):
+        for path in ("/", "/v1", "/v1/embeddings", "/rollout/r1/role//v1/models", "/rollout/r1/v1/models", "/%00"):
             response = await here.client.get(path)
             assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")
         for method, path in (("GET", CHAT), ("POST", "/v1/models"), ("DELETE", "/health")):
@@ -161,3 +161,86 @@ def test_an_http_attempt_that_is_no_number_is_refused(value: str) -> None:
             assert response.json()["error"]["param"] == "x-leyden-http-attempt"
 
     scenario()
+
+
+@asynchronous
+async def test_a_key_may_name_the_role_as_the_path_does() -> None:
+    async with running(policies=("sql", "judge")) as here:
+        routes = (Route(model="judge", roles=("über/*",)), Route(model="sql", roles=("writer",)))
+        token = here.gateway.admit(access(models=own_sampling(["sql", "judge"]), routes=routes))
+        key = f"{token}:%C3%BCber%2Fx:0123456789abcdef"
+        for headers in ({"authorization": f"Bearer {key}"}, {"x-api-key": key}):
+            response = await here.client.post(CHAT, json=ask(), headers=headers)
+            assert response.status_code == 200
+        # The path is closer to the call than the key that a whole process shares.
+        await here.client.post("/rollout/r1/role/writer/v1/chat/completions", json=ask(), headers={"x-api-key": key})
+        found = await here.completions()
+        assert [(one.role, one.policy) for one in found] == [("über/x", "judge")] * 2 + [("writer", "sql")]
+        assert {span.parent_id for span in here.spans()} == {"0123456789abcdef"}, (
+            "the key says below which span they belong"
+        )
+
+
+@asynchronous
+async def test_a_key_may_come_in_either_header_and_a_wrong_one_beside_it_does_no_harm() -> None:
+    async with running() as here:
+        token = here.gateway.admit(access())
+        for headers in (
+            {"x-api-key": token},
+            {"x-api-key": token, "authorization": "Bearer placeholder"},
+            {"x-api-key": "placeholder", "authorization": f"Bearer {token}"},
+        ):
+            assert (await here.client.post(CHAT, json=ask(), headers=headers)).status_code == 200
+        assert {one.role for one in await here.completions()} == {MAIN_ROLE}
+
+
+@pytest.mark.parametrize("suffix", [":", "::writer", "x", ":wr:iter", ":writer:0123"])
+def test_a_key_with_something_else_at_its_end_is_no_key_with_a_role(suffix: str) -> None:
+    @asynchronous
+    async def scenario() -> None:
+        async with running() as here:
+            token = here.gateway.admit(access())
+            response = await here.client.post(CHAT, json=ask(), headers={"x-api-key": token + suffix})
+            assert response.status_code == (200 if suffix == ":" else 401)
+            assert token not in response.text
+
+    scenario()
+
+
+CONTENT: dict[str, dict[str, object]] = {
+    "chat/completions": {"messages": [{"role": "user", "content": "x"}]},
+    "completions": {"prompt": "x"},
+    "responses": {"input": "x"},
+    "messages": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9},
+}
+
+
+@pytest.mark.parametrize("dialect", ["chat/completions", "completions", "responses", "messages"])
+def test_an_unknown_role_is_told_which_roles_there_are(dialect: str) -> None:
+    @asynchronous
+    async def scenario() -> None:
+        async with running() as here:
+            token = here.gateway.admit(access())
+            body = {"model": "x", **CONTENT[dialect]}
+            for path, key in ((f"/rollout/r1/role/nobody/v1/{dialect}", token), (f"/v1/{dialect}", f"{token}:nobody")):
+                response = await here.post(key, body, path=path)
+                assert response.status_code == 404
+                message = response.json()["error"]["message"]
+                assert all(repr(role) in message for role in ("nobody", "writer", "rewriter", "main", "über/*"))
+            assert (await here.post(token, body, path=f"/rollout/r1/role/writer/v1/{dialect}")).status_code == 200
+
+    scenario()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
+def test_an_answer_names_the_model_that_the_agent_asked_for_before_it_was_rerouted(stream: bool) -> None:
+    @asynchronous
+    async def check() -> None:
+        async with running() as here:
+            token = here.gateway.admit(access())
+            reply = await here.post(token, ask(stream=stream), {"x-leyden-model": "gpt-4.1%2Dmini"})
+            assert '"model":"gpt-4.1-mini"' in reply.text and '"model":"sql"' not in reply.text
+            (completion,) = await here.completions()
+            assert completion.policy == "sql"
+
+    check()

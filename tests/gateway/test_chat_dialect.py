@@ -10,6 +10,7 @@ import pytest
 from leyden.interfaces import Delta, SamplingParameters
 from leyden_plugins.gateway.dialects import Answer, ChoiceSoFar, Question
 from leyden_plugins.gateway.dialects.chat import ChatDialect
+from leyden_plugins.gateway.memory import Memory
 from leyden_plugins.gateway.refusal import Refusal
 from tests.gateway.builders import ask, events
 
@@ -18,7 +19,7 @@ CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments"
 
 
 def read(body: dict[str, object], decode: Any = None) -> Question:
-    return ChatDialect().read(body, decode=decode)
+    return ChatDialect().read(body, decode=decode, memory=Memory())
 
 
 def refusal(body: dict[str, object]) -> Refusal:
@@ -113,6 +114,10 @@ def test_a_single_stop_string_and_vllms_minus_one_top_k_are_understood() -> None
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "look"}}),
         ("tool_choice", "sometimes"),
+        ("response_format", {"type": "json_schema", "json_schema": {}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"schema": {}, "name": 3}}),
+        ("response_format", {"type": "grammar"}),
+        ("response_format", "json"),
         ("messages", []),
         ("messages", "hello"),
         ("model", None),
@@ -125,15 +130,11 @@ def test_a_wrong_value_is_refused_with_the_field_named(field: str, value: object
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
-        ("response_format", {"type": "json_object"}),
         ("logit_bias", {"1": 2}),
         ("audio", {}),
         ("modalities", ["text", "audio"]),
         ("functions", [{}]),
         ("function_call", "auto"),
-        ("prediction", {}),
-        ("reasoning_effort", "low"),
         ("repetition_penalty", 1.1),
         ("best_of", 2),
         ("no_such_field", 1),
@@ -159,6 +160,14 @@ def test_fields_without_meaning_for_sampling_are_accepted() -> None:
         modalities=["text"],
         repetition_penalty=1.0,
         top_logprobs=0,
+        reasoning_effort="low",
+        verbosity="low",
+        prediction={"type": "content", "content": "x"},
+        prompt_cache_options={"mode": "implicit"},
+        tools=[],
+        functions=[],
+        function_call=None,
+        stream_options=None,
     )
     assert read(body).request == read(ask()).request
 
@@ -189,6 +198,31 @@ def test_an_assistant_message_as_clients_send_it_back_is_understood() -> None:
     ]
 
 
+def test_a_refusal_of_the_assistant_is_what_it_said() -> None:
+    said = [
+        {"role": "assistant", "content": None, "refusal": "I will not."},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "Nor will I."}]},
+    ]
+    assert read(ask() | {"messages": said}).request.messages == [
+        {"role": "assistant", "content": "I will not."},
+        {"role": "assistant", "content": "Nor will I."},
+    ]
+
+
+def test_hints_of_other_protocols_in_a_message_are_passed_over() -> None:
+    part = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
+    message = {"role": "user", "content": [part], "cache_control": {"type": "ephemeral"}}
+    assert read(ask() | {"messages": [message]}).request.messages == [{"role": "user", "content": "x"}]
+
+
+def test_instructions_to_the_server_are_no_part_of_what_the_model_reads() -> None:
+    function = {"strict": True, "parameters": {"type": "object"}, "description": "d", "name": "look", "x": 1}
+    (tool,) = read(ask(tools=[{"type": "function", "function": function, "cache_control": {}}])).request.tools
+    shown = {"name": "look", "description": "d", "parameters": {"type": "object"}}
+    assert tool == {"type": "function", "function": shown}
+    assert list(tool["function"]) == list(shown)  # type: ignore[call-overload]
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
@@ -198,7 +232,7 @@ def test_an_assistant_message_as_clients_send_it_back_is_understood() -> None:
         ({"role": "user", "content": 3}, "messages[0].content"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "messages[0].content[0]"),
         ({"role": "user", "content": [{"type": "text", "text": 3}]}, "messages[0].content[0].text"),
-        ({"role": "user", "content": "x", "cache_control": {"type": "x"}}, "messages[0].cache_control"),
+        ({"role": "user", "content": "x", "function_call": {"name": "x"}}, "messages[0].function_call"),
         ({"role": "assistant", "tool_calls": [{"function": {"name": "x"}}]}, "messages[0].tool_calls[0]"),
         ({"role": "assistant", "content": "", "audio": {"id": "x"}}, "messages[0].audio"),
         ({"role": "tool", "content": "x", "tool_call_id": 3}, "messages[0].tool_call_id"),
@@ -217,7 +251,17 @@ def test_tools_and_their_choice_reach_the_request() -> None:
     assert read(ask(tools=[TOOL], tool_choice=named)).request.tool_choice == named
 
 
-@pytest.mark.parametrize("tool", ["x", {"type": "web_search"}, {"type": "function", "function": {}}])
+@pytest.mark.parametrize(
+    "tool",
+    [
+        "x",
+        {"type": "web_search"},
+        {"type": "function", "function": {}},
+        {"type": "function", "function": {"name": ""}},
+        {"type": "function", "function": {"name": "x", "description": 3}},
+        {"type": "function", "function": {"name": "x", "parameters": []}},
+    ],
+)
 def test_a_tool_that_is_no_named_function_is_refused(tool: object) -> None:
     assert str(refusal(ask(tools=[tool])).param).startswith("tools[0]")
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from leyden_plugins.gateway.dialects.chat import ChatDialect
+from leyden_plugins.gateway.dialects import Dialect
+from leyden_plugins.gateway.dialects.spoken import DIALECTS
+from leyden_plugins.gateway.memory import Memory
 from leyden_plugins.gateway.refusal import Refusal
 from tests.gateway.builders import CHAT, Running, access, ask, asynchronous, named, running
 
@@ -35,12 +38,14 @@ async def assert_alive(here: Running, token: str) -> None:
 
 
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES.keys())
-def test_a_malformed_body_is_a_400(body: bytes) -> None:
+@pytest.mark.parametrize("dialect", DIALECTS, ids=[dialect.path for dialect in DIALECTS])
+def test_a_malformed_body_is_a_400(dialect: Dialect, body: bytes) -> None:
     @asynchronous
     async def scenario() -> None:
         async with running() as here:
             token = here.gateway.admit(access())
-            response = await here.client.post(CHAT, content=body, headers=here.headers(token, **named()))
+            path = f"/v1/{dialect.path}"
+            response = await here.client.post(path, content=body, headers=here.headers(token, **named()))
             assert response.status_code == 400
             assert response.json()["error"]["type"] == "invalid_request_error"
             await assert_alive(here, token)
@@ -138,21 +143,44 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
-FIELDS = st.sampled_from(
-    ["model", "messages", "tools", "tool_choice", "stop", "n", "stream_options", "logit_bias", "response_format", "x"]
+FIELDS = [
+    *("model", "messages", "input", "prompt", "system", "instructions", "tools", "tool_choice", "stop", "n"),
+    *("stream_options", "logit_bias", "response_format", "text", "output_config", "include", "metadata", "logprobs"),
+    *("previous_response_id", "max_tokens", "stop_sequences", "context_management", "thinking", "store", "x"),
+]
+TYPES = [
+    *("text", "input_text", "output_text", "message", "function_call", "function_call_output", "item_reference"),
+    *("tool_use", "tool_result", "thinking", "function", "custom", "json_schema", "any", "tool"),
+]
+PART = st.dictionaries(
+    st.sampled_from(["type", "text", "id", "call_id", "name", "arguments", "output", "input", "content", "function"]),
+    JSON | st.sampled_from(TYPES) | st.just({}),
 )
 MESSAGES = st.lists(
-    st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "name", "audio"]), JSON | st.just("user")),
+    st.dictionaries(
+        st.sampled_from(["role", "content", "tool_calls", "name", "audio", "type", "refusal", "call_id"]),
+        JSON | st.sampled_from(["user", "assistant", "tool", "system", *TYPES]) | st.lists(PART, max_size=2),
+    ),
     max_size=2,
 )
 
 
+@pytest.mark.parametrize("dialect", DIALECTS, ids=[dialect.path for dialect in DIALECTS])
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.dictionaries(FIELDS, JSON), MESSAGES)
-def test_any_json_is_either_understood_or_refused(fields: dict[str, object], messages: list[object]) -> None:
+@given(st.dictionaries(st.sampled_from(FIELDS), JSON | PART | st.lists(PART, max_size=2)), MESSAGES)
+def test_any_json_is_either_understood_or_refused(
+    dialect: Dialect, fields: dict[str, object], messages: list[object]
+) -> None:
+    prompts: dict[str, object] = {"completions": "x", "responses": messages}
+    body = {"model": "sql", dialect.prompt_field: prompts.get(dialect.path, messages)} | fields
+    if dialect.path == "messages":
+        body = {"max_tokens": 1} | body
     try:
-        question = ChatDialect().read(ask() | {"messages": messages} | fields, decode=None)
+        request = dialect.read(body, decode=None, memory=Memory()).request
     except Refusal as refusal:
         assert (refusal.status, bool(refusal.message)) == (400, True)
+        assert msgspec.json.decode(dialect.error(refusal))
     else:
-        assert question.request.messages
+        assert request.messages or request.prompt_text or request.prompt_token_ids
+        # It is recorded, so it must be storable.
+        assert msgspec.json.encode([request.messages, request.tools, request.tool_choice, request.response_format])

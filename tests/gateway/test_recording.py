@@ -98,13 +98,13 @@ def test_a_forced_tool_call_is_refused_where_the_engine_cannot_force(choice: obj
     @asynchronous
     async def scenario() -> None:
         async with running() as here:
-            token = here.gateway.admit(access())
+            token = here.gateway.admit(access(models=own_sampling()))
             response = await here.post(token, ask(tools=[TOOL], tool_choice=choice))
             assert response.status_code == 400
             assert response.json()["error"]["param"] == "tool_choice"
             here.engine.forces_tools = True  # type: ignore[attr-defined]
         async with running(here.engine) as here:
-            token = here.gateway.admit(access())
+            token = here.gateway.admit(access(models=own_sampling()))
             assert (await here.post(token, ask(tools=[TOOL], tool_choice=choice))).status_code == 200
 
     scenario()

@@ -7,6 +7,7 @@ import pytest
 import leyden
 from leyden.errors import ConfigurationError, EngineError, RoleError
 from leyden.interfaces import Group, RolloutRecords, TrainingRow, Transition
+from leyden.roles import check_roles
 from leyden.running.rollouts import Tally
 from leyden.spans import Mode, Rollout, RolloutState
 from leyden.training.preflight import preflight
@@ -102,6 +103,18 @@ def test_an_engine_that_serves_other_weights_is_refused():
 def test_a_role_that_does_not_exist_is_refused():
     with pytest.raises(RoleError, match="trains role 'writer', but no such role exists"):
         look([rollout(0, 1.0), rollout(1, 0.0)], spoken={"checker": 4})
+
+
+def test_a_role_that_may_speak_later_is_noted_beside_one_that_has_spoken():
+    policy = leyden.Policy("sql", roles=["writer", "rewriter"])
+    [line] = check_roles([policy], {"writer": 4, "checker": 4}, ["writer", "checker"])
+    assert (
+        "nobody has spoken as 'rewriter' yet; is it spelled right? Roles that made model calls: {'checker': 4" in line
+    )
+    [line] = check_roles([policy], {"writer": 4}, ["writer", "rewriter"])
+    assert line == "policy 'sql': declared, but no model call yet: 'rewriter'"
+    with pytest.raises(RoleError, match=r"trains role 'writer', but no such role exists.*'checker': 4"):
+        check_roles([policy], {"checker": 4}, ["checker"])
 
 
 def test_a_group_in_which_nobody_gave_a_reward_is_refused_with_the_agents_name():

@@ -47,15 +47,33 @@ class GenerationRequest:
     model: str
     """A policy's name, or `base`."""
     messages: Sequence[Mapping[str, object]]
-    """OpenAI chat messages; empty when `prompt_token_ids` is given."""
+    """OpenAI chat messages; empty when `prompt_token_ids` or `prompt_text` is given."""
     tools: Sequence[Mapping[str, object]] = ()
     """OpenAI function tools."""
     tool_choice: str | Mapping[str, object] = "auto"
     prompt_token_ids: Sequence[int] | None = None
     """The exact prompt, in place of `messages`."""
+    prompt_text: str | None = None
+    """The prompt as plain text, in place of `messages`: no chat template, only the tokenizer's own special tokens."""
+    response_format: Mapping[str, object] | None = None
+    """`{"type": "json_object"}` or `{"type": "json_schema", "name": ..., "schema": {...}}`; `None` is free text."""
     sampling: SamplingParameters = field(default_factory=SamplingParameters)
+    forced_token_ids: Sequence[int] | None = None
+    """The exact answer of every choice, in place of sampling: how a given answer is scored. Log-probabilities, limits,
+    streaming and timing stay the engine's own. An engine that cannot do it refuses the request."""
     stream: bool = True
     """False: the caller waits for whole answers, so an engine may give each choice as one delta."""
+
+    @property
+    def forces_tool(self) -> bool:
+        """True when the answer must be a tool call."""
+        return self.tool_choice not in ("auto", "none")
+
+    @property
+    def is_off_distribution(self) -> bool:
+        """True when tokens are not sampled from log-softmax(logits / temperature) alone: a mask counts too."""
+        is_masked = self.forces_tool or self.response_format is not None
+        return self.sampling.is_off_distribution or is_masked or self.forced_token_ids is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +100,9 @@ class Generation:
     version: int
     """The policy version that samples every token of this generation; 0 for `base`."""
     deltas: AsyncIterator[Delta]
+    is_off_distribution: bool = False
+    """True when the tokens do not follow the distribution of the log-probabilities, although the request would not
+    tell: the engine changed it."""
 
 
 @runtime_checkable

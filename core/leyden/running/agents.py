@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from leyden.errors import ConfigurationError
 from leyden.interfaces import Agent
+from leyden.running.command import Command
 
 
 @dataclass(frozen=True)
@@ -27,20 +28,33 @@ def per_rollout(factory: Callable[[], Callable[..., object]]) -> PerRollout:
     return PerRollout(factory)
 
 
-def check_agent(agent: object) -> None:
-    """Refuse what cannot be called with a task.
+def as_agent(agent: object) -> Agent | PerRollout | str:
+    """Return the agent that `agent` stands for: a class is built anew for every rollout.
 
     Raises:
-        ConfigurationError: says what an agent is.
+        ConfigurationError: it cannot be called with a task; says what an agent is.
     """
-    if not isinstance(agent, PerRollout) and not callable(agent):
-        raise ConfigurationError(
-            f"the agent must be an async function, a sync function or leyden.per_rollout(factory), got {agent!r}"
-        )
+    if isinstance(agent, type):
+        if "__call__" not in dir(agent):
+            raise ConfigurationError(f"instances of {agent!r} cannot be called; give it a method __call__(self, task)")
+        return PerRollout(agent)
+    if isinstance(agent, str):
+        module, colon, qualname = agent.partition(":")
+        if not (module and colon and qualname):
+            raise ConfigurationError(f"{agent!r} does not name an agent; write 'package.module:function'")
+        return agent
+    if isinstance(agent, PerRollout) or callable(agent):
+        return agent
+    raise ConfigurationError(
+        "the agent must be an async function, a sync function, a class, leyden.per_rollout(factory), "
+        f"leyden.Command([...]) or the name 'package.module:function' of one, got {agent!r}"
+    )
 
 
 def describe(target: object) -> str:
     """Return `module:qualname` of a function, or of a factory's."""
+    if isinstance(target, (str, Command)):
+        return str(target)
     inner = target.factory if isinstance(target, PerRollout) else target
     return f"{getattr(inner, '__module__', '?')}:{getattr(inner, '__qualname__', type(inner).__qualname__)}"
 
@@ -48,8 +62,10 @@ def describe(target: object) -> str:
 def import_path(target: object) -> str | None:
     """Return `module:qualname` when another process can import `target` by it, else `None`.
 
-    `None` for lambdas, closures, bound methods and functions of a notebook.
+    `None` for lambdas, closures, bound methods, functions of a notebook and programs.
     """
+    if isinstance(target, (str, Command)):
+        return target if isinstance(target, str) else None
     path = describe(target)
     module, _, qualname = path.partition(":")
     if "<" in qualname or module == "?":
@@ -65,7 +81,34 @@ def import_path(target: object) -> str | None:
 
 
 def load(path: str, *, is_factory: bool = False) -> Agent | PerRollout:
-    """Import what `import_path` named.
+    """Import the agent that `import_path` named.
+
+    Raises:
+        ConfigurationError: nothing of that name is there, or it is no agent.
+    """
+    found = imported(path)
+    if is_factory and not isinstance(found, PerRollout):
+        return PerRollout(found)  # type: ignore[arg-type]  # describe() unwrapped the factory
+    agent = as_agent(found)
+    if isinstance(agent, str):
+        raise ConfigurationError(f"{path!r} is the string {agent!r}, not an agent")
+    return agent
+
+
+def load_function(path: str) -> Callable[..., object]:
+    """Import the reward function that `import_path` named.
+
+    Raises:
+        ConfigurationError: nothing of that name is there, or it cannot be called.
+    """
+    found = imported(path)
+    if not callable(found):
+        raise ConfigurationError(f"{path!r} is {found!r}, which cannot be called")
+    return found
+
+
+def imported(path: str) -> object:
+    """Import `module:qualname`.
 
     Raises:
         ConfigurationError: nothing of that name is there.
@@ -76,10 +119,8 @@ def load(path: str, *, is_factory: bool = False) -> Agent | PerRollout:
         for name in qualname.split("."):
             found = getattr(found, name)
     except AttributeError as error:
-        raise ConfigurationError(f"module {module!r} has no {qualname!r}; the agent must be importable") from error
-    if is_factory and not isinstance(found, PerRollout):
-        return PerRollout(found)  # type: ignore[arg-type]  # describe() unwrapped the factory
-    return found  # type: ignore[return-value]  # checked by check_agent
+        raise ConfigurationError(f"module {module!r} has no {qualname!r}; it must be importable") from error
+    return found
 
 
 async def call(function: Agent | PerRollout, *arguments: object) -> object:

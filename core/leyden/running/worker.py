@@ -21,10 +21,11 @@ from multiprocessing.connection import Connection
 import msgspec
 
 from leyden.instrumentation import instrument
-from leyden.interfaces import AttemptResult, RolloutSpec
+from leyden.interfaces import Agent, AttemptResult, RewardFunction, RolloutSpec
 from leyden.looping import DaemonThreads
 from leyden.redaction import Redactor
 from leyden.running import agents
+from leyden.running.agents import PerRollout
 from leyden.running.attempts import run_attempt
 from leyden.spans import Record
 from leyden.usage import Usage, usage
@@ -78,7 +79,7 @@ def worker_main(pipe: Connection, setup: WorkerSetup) -> None:
     try:
         instrument()
         agent = agents.load(setup.agent, is_factory=setup.is_factory)
-        reward = None if setup.reward is None else agents.load(setup.reward)
+        reward = None if setup.reward is None else agents.load_function(setup.reward)
     except BaseException:
         text = f"a worker process could not import the agent {setup.agent!r}:\n{traceback.format_exc()}"
         pipe.send_bytes(encode(FromWorker(fatal=text)))
@@ -95,7 +96,7 @@ def worker_main(pipe: Connection, setup: WorkerSetup) -> None:
 
 
 class _Worker:
-    def __init__(self, pipe: Connection, agent: object, reward: object) -> None:
+    def __init__(self, pipe: Connection, agent: Agent | PerRollout, reward: RewardFunction | None) -> None:
         self._pipe = pipe
         self._agent = agent
         self._reward = reward
@@ -134,9 +135,9 @@ class _Worker:
     async def _run(self, spec: RolloutSpec) -> None:
         result = await run_attempt(
             spec,
-            self._agent,  # type: ignore[arg-type]  # load() and check_agent() vouch for it
+            self._agent,
             sink=self._records.append,
-            reward=self._reward,  # type: ignore[arg-type]  # as above
+            reward=self._reward,
         )
         self._results.append(result)
         if self._flush_handle is None:

@@ -11,14 +11,17 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
+import os
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 
 import msgspec
 
 from leyden.errors import ConfigurationError, RolloutError
 from leyden.interfaces import AttemptResult, RolloutSpec
+from leyden.running.foreign import ForeignProcess, greeting, interpreter
 from leyden.running.worker import FromWorker, ToWorker, WorkerSetup, worker_main
 from leyden.spans import Record, now_ns
 from leyden.usage import Usage
@@ -30,6 +33,7 @@ GUARD_HINT = (
     '    if __name__ == "__main__":\n'
     "because a worker imports the script to find the agent."
 )
+FOREIGN_HINT = "If it has no Leyden, install it there: {} -m pip install leyden and the framework's extra."
 UNUSED = Usage(cpu_seconds=0.0, peak_memory_bytes=0)
 MAX_RESTARTS = 3
 """How often a worker may die before the run stops: a crash that comes back is not bad luck."""
@@ -44,11 +48,18 @@ class _Worker:
         loop: asyncio.AbstractEventLoop,
         records: asyncio.Queue[list[Record]],
         before: Usage = UNUSED,
+        python: str | None = None,
     ) -> None:
         """Start the process; `before` is what the dead ones used whose place it takes."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self.process = context.Process(target=worker_main, args=(theirs, setup), daemon=True, name="leyden-worker")
+        self.process: SpawnProcess | ForeignProcess
+        if python is None:
+            self.process = context.Process(target=worker_main, args=(theirs, setup), daemon=True, name="leyden-worker")
+        else:
+            self.process = ForeignProcess(python, theirs)
+            self._pipe.send_bytes(greeting(setup))
+        self._hint = GUARD_HINT if python is None else FOREIGN_HINT.format(python)
         self.ready: asyncio.Future[None] = loop.create_future()
         self._before = before
         self._usage = UNUSED
@@ -106,7 +117,7 @@ class _Worker:
         self.is_dead = True
         text = f"worker process {self.process.pid} ended with exit code {self.process.exitcode}"
         if not self.ready.done():
-            self.ready.set_exception(ConfigurationError(f"{text} before it was ready. {GUARD_HINT}"))
+            self.ready.set_exception(ConfigurationError(f"{text} before it was ready. {self._hint}"))
         for (rollout_id, attempt), future in self.pending.items():
             if not future.done():
                 future.set_result(_lost(rollout_id, attempt, text))
@@ -136,6 +147,7 @@ class WorkerExecutor:
         reward: str | None = None,
         workers: int = 1,
         concurrency: int = 64,
+        python: str | os.PathLike[str] | None = None,
     ) -> None:
         """Name what the workers import.
 
@@ -145,10 +157,15 @@ class WorkerExecutor:
             reward: `module:qualname` of the reward function.
             workers: processes.
             concurrency: attempts at a time in each.
+            python: the interpreter of another environment; `None` takes this one.
+
+        Raises:
+            ConfigurationError: a count below 1, or no such interpreter.
         """
         if workers < 1 or concurrency < 1:
             raise ConfigurationError(f"workers={workers!r} and concurrency={concurrency!r} must be at least 1")
         self._setup = WorkerSetup(agent=agent, is_factory=is_factory, reward=reward, concurrency=concurrency)
+        self._python = None if python is None else interpreter(python)
         self._count = workers
         self._slots = asyncio.Semaphore(workers * concurrency)
         self._workers: list[_Worker] = []
@@ -164,7 +181,7 @@ class WorkerExecutor:
         """
         loop = asyncio.get_running_loop()
         self._pump = loop.create_task(self._pump_records(sink))
-        self._workers = [_Worker(self._setup, loop, self._records) for _ in range(self._count)]
+        self._workers = [self._worker(loop) for _ in range(self._count)]
         try:
             await asyncio.gather(*(worker.ready for worker in self._workers))
         except ConfigurationError:
@@ -197,6 +214,9 @@ class WorkerExecutor:
             await self._records.join()
             self._pump.cancel()
 
+    def _worker(self, loop: asyncio.AbstractEventLoop, before: Usage = UNUSED) -> _Worker:
+        return _Worker(self._setup, loop, self._records, before, self._python)
+
     async def _living(self) -> list[_Worker]:
         for index, worker in enumerate(self._workers):
             if worker.is_dead:
@@ -207,7 +227,7 @@ class WorkerExecutor:
                         "a negative code is a signal: -9 usually means that the machine ran out of memory"
                     )
                 log.warning("a worker process died (exit code %s); starting another", worker.process.exitcode)
-                self._workers[index] = _Worker(self._setup, asyncio.get_running_loop(), self._records, worker.usage)
+                self._workers[index] = self._worker(asyncio.get_running_loop(), worker.usage)
                 await self._workers[index].ready
         return self._workers
 

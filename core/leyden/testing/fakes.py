@@ -108,9 +108,11 @@ class FakeEngine:
         return bytes(token for token in token_ids if token < END_TOKEN).decode(errors="replace")
 
     def prompt(self, request: GenerationRequest) -> list[int]:
-        """Return the prompt's tokens: `role: content` lines, tools first."""
+        """Return the prompt's tokens: what is given exactly, else tools and `role: content` lines."""
         if request.prompt_token_ids is not None:
             return list(request.prompt_token_ids)
+        if request.prompt_text is not None:
+            return self.encode(request.prompt_text)
         lines = [json.dumps(tool, sort_keys=True) for tool in request.tools]
         lines += [f"{message['role']}: {message.get('content') or ''}" for message in request.messages]
         return self.encode("\n".join([*lines, "assistant: "]))

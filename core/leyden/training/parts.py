@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from leyden.errors import ConfigurationError
 from leyden.interfaces import Agent, Engine, Executor, Gateway, Learner, RewardFunction, Store
 from leyden.plugins import Plugins
 from leyden.roles import Policy
-from leyden.running.agents import PerRollout, describe, import_path
+from leyden.running.agents import PerRollout, describe, import_path, load, load_function
+from leyden.running.command import Command
 from leyden.running.executors import InProcessExecutor
 from leyden.running.rollouts import RolloutRules, RolloutRunner
 from leyden.running.workers import WorkerExecutor
@@ -26,8 +28,8 @@ log = logging.getLogger(__name__)
 class Blueprint:
     """What the parts are made of; the same for every opening."""
 
-    agent: Agent | PerRollout
-    reward: RewardFunction | None
+    agent: Agent | PerRollout | str
+    reward: RewardFunction | str | None
     policies: Sequence[Policy]
     engine: Engine
     learner: Learner
@@ -35,6 +37,7 @@ class Blueprint:
     rules: RolloutRules
     workers: int
     concurrency: int
+    python: str | None
     seed: int
 
 
@@ -89,22 +92,36 @@ async def opened(blueprint: Blueprint, store_path: Path) -> AsyncIterator[Parts]
 
 
 def choose_executor(blueprint: Blueprint) -> Executor:
-    """Return worker processes where the agent can be imported by name, else this process with a line that says so."""
+    """Return worker processes where the agent can be imported by name, else this process with a line that says so.
+
+    Raises:
+        ConfigurationError: another interpreter is to run what only this process has.
+    """
     agent, reward = blueprint.agent, blueprint.reward
-    if blueprint.workers > 0:
-        agent_path = import_path(agent)
-        reward_path = None if reward is None else import_path(reward)
-        if agent_path is not None and (reward is None or reward_path is not None):
-            return WorkerExecutor(
-                agent_path,
-                is_factory=isinstance(agent, PerRollout),
-                reward=reward_path,
-                workers=blueprint.workers,
-                concurrency=blueprint.concurrency,
+    agent_path, reward_path = import_path(agent), None if reward is None else import_path(reward)
+    is_importable = agent_path is not None and (reward is None or reward_path is not None)
+    if blueprint.python is not None:
+        names = (agent_path, reward_path)
+        if blueprint.workers < 1 or not is_importable or any((name or "").startswith("__main__:") for name in names):
+            raise ConfigurationError(
+                f"python={blueprint.python!r} runs the agent in worker processes, which import it by name; move it to "
+                f"a module, pass Trainer('module:function'), and keep workers at least 1 (it is {blueprint.workers!r})"
             )
+    if blueprint.workers > 0 and agent_path is not None and is_importable:
+        return WorkerExecutor(
+            agent_path,
+            is_factory=isinstance(agent, PerRollout),
+            reward=reward_path,
+            workers=blueprint.workers,
+            concurrency=blueprint.concurrency,
+            python=blueprint.python,
+        )
+    if blueprint.workers > 0 and not isinstance(agent, Command):
         log.warning(
             "%s cannot be imported by name (a lambda, a closure, a method or a notebook's function), so the agent runs "
             "in this process; move it to a module for worker processes, or pass workers=0",
             describe(agent if agent_path is None else reward),
         )
-    return InProcessExecutor(agent, reward=reward, concurrency=blueprint.concurrency)
+    own = load(agent) if isinstance(agent, str) else agent
+    scorer = load_function(reward) if isinstance(reward, str) else reward
+    return InProcessExecutor(own, reward=scorer, concurrency=blueprint.concurrency)

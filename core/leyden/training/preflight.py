@@ -77,6 +77,7 @@ def sampling_lines(policies: Sequence[Policy]) -> list[str]:
         f"policy {p.name!r} samples with temperature={p.sampling.temperature}, top_p={p.sampling.top_p}, "
         f"top_k={p.sampling.top_k} in training; evaluation uses "
         f"{own if p.eval_sampling.temperature is None else p.eval_sampling}"
+        + ("" if p.sampling.keep_format else "; formats and tool calls that the agent insists on are not forced on it")
         for p in policies
     ]
 

@@ -19,7 +19,8 @@ from leyden.looping import Job, LoopThread
 from leyden.plugins import load_plugins
 from leyden.rewards import DEFAULT_REWARD, check_weights
 from leyden.roles import Policy, routes_for
-from leyden.running.agents import PerRollout, check_agent
+from leyden.running.agents import PerRollout, as_agent
+from leyden.running.foreign import interpreter
 from leyden.running.rollouts import RolloutRules
 from leyden.running.worker import is_worker
 from leyden.running.workers import GUARD_HINT
@@ -45,19 +46,20 @@ class Trainer:
 
     def __init__(
         self,
-        agent: Agent | PerRollout,
+        agent: Agent | PerRollout | str,
         *,
         tasks: Sequence[object],
         policies: Sequence[Policy],
         engine: Engine,
         algorithm: Algorithm,
         val_tasks: Sequence[object] = (),
-        reward: RewardFunction | None = None,
+        reward: RewardFunction | str | None = None,
         reward_weights: Mapping[str, float] | None = None,
         tasks_per_step: int = 16,
         run: str | os.PathLike[str] | None = None,
         workers: int = 1,
         concurrency: int = 64,
+        python: str | os.PathLike[str] | None = None,
         timeout_seconds: float | None = 300.0,
         max_attempts: int = 3,
         failure_reward: float | None = 0.0,
@@ -74,7 +76,8 @@ class Trainer:
         """Check everything that can be checked before anything is loaded.
 
         Args:
-            agent: an async function, a sync function or `leyden.per_rollout(factory)`, called with a task.
+            agent: an async function, a sync function, or a class or `leyden.per_rollout(factory)` (one instance a
+                rollout), called with a task; `leyden.Command([...])`; or the name `module:function` of one.
             tasks: what to train on; JSON values.
             policies: trainable weights and their roles; the first that matches a role takes it.
             engine: samples; it is not stopped by the trainer.
@@ -86,6 +89,8 @@ class Trainer:
             run: folder of this run; default `runs/<time>`.
             workers: processes that run the agent; 0 runs it in this process.
             concurrency: rollouts at a time, in each process.
+            python: the interpreter that runs the workers, where the agent's framework lives in an environment of its
+                own; the agent is then given by name.
             timeout_seconds: of one attempt.
             max_attempts: after infrastructure failures.
             failure_reward: of a rollout whose agent raised or timed out; `None` drops it.
@@ -103,7 +108,7 @@ class Trainer:
             ConfigurationError: an option, or a combination of options, that cannot work.
             DatasetError: tasks that are empty or not JSON values.
         """
-        check_agent(agent)
+        runner = as_agent(agent)
         routes_for(policies)
         if not any(policy.trainable for policy in policies):
             raise ConfigurationError("no policy is trainable; give at least one Policy(name, roles=[...])")
@@ -122,7 +127,7 @@ class Trainer:
             raise DatasetError(f"tasks_per_step={tasks_per_step!r} exceeds the {len(checked)} tasks")
         plugins = load_plugins()
         blueprint = Blueprint(
-            agent=agent,
+            agent=runner,
             reward=reward,
             policies=tuple(policies),
             engine=engine,
@@ -137,6 +142,7 @@ class Trainer:
             ),
             workers=workers,
             concurrency=concurrency,
+            python=None if python is None else interpreter(python),
             seed=seed,
         )
         schedule = Schedule(

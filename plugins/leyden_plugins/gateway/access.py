@@ -1,20 +1,29 @@
-"""Decide who may call: one bearer token an attempt, good for that attempt's own rollout and policies."""
+"""Decide who may call: one token an attempt, good for that attempt's own rollout and policies.
+
+One idea: `TOKEN:ROLE` (the role percent-encoded) is a key too, and stands for the URL that names both, for clients
+that let their user set a key but no URL. `TOKEN:ROLE:SPAN` also says below which span the calls belong.
+"""
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from urllib.parse import unquote
 
-from leyden.interfaces import Access, SamplingParameters
+from leyden.interfaces import Access, GenerationRequest, SamplingParameters
 from leyden.roles import MAIN_ROLE, Sampling, matches
 from leyden.spans import new_id
 from leyden_plugins.gateway.exchange import Exchange
+from leyden_plugins.gateway.memory import Memory
 from leyden_plugins.gateway.refusal import Refusal
 
 LONGEST_NAME = 4096
 """Characters of a role, span or rollout name in a header or path, percent-encoded."""
+
+NAMED = re.compile(r"(?P<token>.+?):(?P<role>[^:]*)(?::(?P<span>[0-9a-f]{16}))?")
+"""A key that says who speaks."""
 
 
 @dataclass(eq=False)
@@ -26,6 +35,8 @@ class Admission:
     """Many callers share it, whatever rollout they say they belong to: an ordinary endpoint."""
     next_attempt: dict[str, int] = field(default_factory=dict)
     """Span -> the first HTTP attempt number that is free, so that no record shares its key."""
+    memory: Memory = field(default_factory=Memory)
+    """What its callers may refer back to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +45,15 @@ class Caller:
 
     admission: Admission
     role: str
-    role_is_in_path: bool
-    """The path names the role, so the model name of the body means nothing."""
+    role_is_fixed: bool
+    """The path or the key names the role, so the model name of the body means nothing."""
     span_id: str
     has_span: bool
     """An adapter writes the span; otherwise the gateway does."""
     parent_id: str | None
     http_attempt: int
+    model: str | None = None
+    """What the agent called its model before the wire named the policy; its answer says so too."""
 
     @property
     def access(self) -> Access:
@@ -52,13 +65,14 @@ class Caller:
         Raises:
             Refusal: neither the model's name nor the role leads to a policy of this access.
         """
-        if not self.role_is_in_path and model in self.access.models:
+        if not self.role_is_fixed and model in self.access.models:
             return model
         for route in self.access.routes:
             if route.model in self.access.models and matches(route.roles, self.role):
                 return route.model
-        if self.role_is_in_path:
-            message = f"role {self.role!r} is in no policy; send its calls to its own endpoint"
+        if self.role_is_fixed:
+            routed = [role for route in self.access.routes for role in route.roles or ()]
+            message = f"role {self.role!r} is in no policy; routed are {routed!r}; send others to their own endpoint"
         else:
             message = f"model {model!r} is not served; served are {sorted(self.access.models)!r}"
         raise Refusal(404, message, code="model_not_found", param="model")
@@ -74,6 +88,15 @@ def sampling_for(replacement: Sampling, asked: SamplingParameters) -> SamplingPa
         max_tokens=asked.max_tokens if replacement.max_tokens is None else replacement.max_tokens,
         seed=asked.seed if replacement.keep_seed else None,
     )
+
+
+def request_for(replacement: Sampling, asked: GenerationRequest) -> GenerationRequest:
+    """Return what the engine is really asked: with the policy's sampling and, unless it keeps formats, no mask."""
+    request = replace(asked, sampling=sampling_for(replacement, asked.sampling))
+    if replacement.keep_format:
+        return request
+    choice = "auto" if asked.forces_tool else asked.tool_choice
+    return replace(request, response_format=None, tool_choice=choice)
 
 
 class AccessTable:
@@ -97,22 +120,31 @@ class AccessTable:
             if admission.access.rollout_id == rollout_id:
                 del self._admissions[token]
 
-    def admission(self, exchange: Exchange) -> Admission:
-        """Return the admission of a request's bearer token.
+    def admission(self, exchange: Exchange) -> tuple[Admission, str | None, str | None]:
+        """Return the admission of a request's key, and the role and the parent span that the key names.
 
         Raises:
-            Refusal: the token is missing or unknown; the message does not repeat it.
+            Refusal: the key is missing or unknown; the message does not repeat it.
         """
-        admission = self._anybody or self._admissions.get(exchange.bearer)
-        if admission is None:
-            raise Refusal(
-                401,
-                "the API key is missing, unknown, or belongs to a rollout that is over"
-                if exchange.bearer
-                else "no API key was given; send it as 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-            )
-        return admission
+        if self._anybody is not None:
+            return self._anybody, None, None
+        for key in exchange.keys:
+            if key in self._admissions:
+                return self._admissions[key], None, None
+            named = NAMED.fullmatch(key)
+            if named is not None and named["token"] in self._admissions:
+                return (
+                    self._admissions[named["token"]],
+                    unquoted(named["role"], "the role in the API key"),
+                    named["span"],
+                )
+        raise Refusal(
+            401,
+            "the API key is unknown, or belongs to a rollout that is over"
+            if exchange.keys
+            else "no API key was given; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
+            code="invalid_api_key",
+        )
 
     def identify(self, exchange: Exchange, rollout_id: str | None, role: str | None) -> Caller:
         """Return who calls; `rollout_id` and `role` are those of the path, if it names them.
@@ -120,10 +152,9 @@ class AccessTable:
         Raises:
             Refusal: the token is wrong, or good for another rollout or attempt only.
         """
-        admission = self.admission(exchange)
-        if admission.is_open:
-            rollout_id, role = None, None
-        else:
+        admission, in_key, parent_id = self.admission(exchange)
+        role = None if admission.is_open else role or in_key
+        if not admission.is_open:
             check_rollout(exchange, admission.access, rollout_id)
         span_id = None if admission.is_open else name(exchange, "x-leyden-span")
         attempt = 0 if admission.is_open else http_attempt(exchange)
@@ -133,16 +164,17 @@ class AccessTable:
         return Caller(
             admission=admission,
             role=role or name(exchange, "x-leyden-role") or MAIN_ROLE,
-            role_is_in_path=role is not None,
+            role_is_fixed=role is not None,
             span_id=span_id or new_id(),
             has_span=span_id is not None,
-            parent_id=name(exchange, "x-leyden-parent"),
+            parent_id=name(exchange, "x-leyden-parent") or parent_id,
+            model=name(exchange, "x-leyden-model"),
             http_attempt=attempt if span_id else 0,
         )
 
     def models(self, exchange: Exchange) -> Sequence[str]:
         """Return the models that a request's token may use."""
-        return tuple(self.admission(exchange).access.models)
+        return tuple(self.admission(exchange)[0].access.models)
 
 
 def check_rollout(exchange: Exchange, access: Access, in_path: str | None) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -18,15 +19,18 @@ import msgspec
 from leyden.errors import EngineError
 from leyden.interfaces import Generation, GenerationRequest
 from leyden.spans import Record, Status
-from leyden_plugins.gateway.access import AccessTable, Caller, sampling_for, unquoted
+from leyden_plugins.gateway.access import AccessTable, Caller, request_for, unquoted
 from leyden_plugins.gateway.call import Call
-from leyden_plugins.gateway.dialects import Decode, Dialect, Question
-from leyden_plugins.gateway.dialects.chat import error_body
+from leyden_plugins.gateway.dialects import CountsTokens, Decode, Dialect, Question, Recalls
+from leyden_plugins.gateway.dialects.spelling import error_body
 from leyden_plugins.gateway.exchange import Disconnected, Exchange, Receive, Scope, Send
 from leyden_plugins.gateway.gate import Gate
+from leyden_plugins.gateway.places import Place, model_list, place_of
 from leyden_plugins.gateway.refusal import RETRY_AFTER_SECONDS, Refusal, refusal_of
 
 logger = logging.getLogger(__name__)
+
+Handler = Callable[[Exchange], Awaitable[None]]
 
 KEEP_ALIVE = b": waiting for new weights\n\n"
 """A comment of the event stream: clients skip it."""
@@ -45,21 +49,12 @@ class Limits:
     """Time between two comments on a held stream."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """What a request's path says."""
-
-    tail: str
-    """Below `/v1/`."""
-    rollout_id: str | None = None
-    role: str | None = None
-
-
 class Generates(Protocol):
     """The part of an engine that answers calls.
 
-    Two more attributes are optional: `decode(token_ids) -> str`, without which log-probabilities are refused,
-    and `forces_tools`, without which a tool choice that forces a call is.
+    More attributes are optional: `decode(token_ids) -> str`, without which log-probabilities are refused;
+    `prompt(request) -> token ids`, without which counts of tokens are; and two flags, `forces_tools` and
+    `constrains_format`, without which a tool choice that forces a call and a form for the answer are.
     """
 
     async def generate(self, request: GenerationRequest) -> Generation: ...
@@ -86,41 +81,91 @@ class App:
         self._record = record
         self._limits = limits
         self._decode: Decode | None = getattr(engine, "decode", None)
+        self._prompt: Callable[[GenerationRequest], Sequence[int]] | None = getattr(engine, "prompt", None)
         self._forces_tools = bool(getattr(engine, "forces_tools", False))
+        self._constrains_format = bool(getattr(engine, "constrains_format", False))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             return
         exchange = Exchange(scope, receive, send)
+        place: Place | None = None
         try:
-            await self._route(exchange)
-        except Refusal as refusal:
-            await refuse(exchange, refusal, None)
-
-    async def _route(self, exchange: Exchange) -> None:
-        if exchange.path == "/health" and exchange.method == "GET":
-            await exchange.reply(200, b'{"status":"ok"}')
+            place = place_of(exchange.path)
+            await self._route(exchange, place)
+        except Disconnected:
             return
-        place = place_of(exchange.path)
-        dialect = None if place is None else self._dialects.get(place.tail)
-        if place is not None and dialect is not None and exchange.method == "POST":
-            caller = self._access.identify(exchange, place.rollout_id, place.role)
-            await self.converse(exchange, dialect, caller)
-        elif place is not None and place.tail == "models" and exchange.method == "GET":
-            models = self._access.models(exchange)
-            await exchange.reply(200, msgspec.json.encode(model_list(models)))
-        elif exchange.path == "/health" or (place is not None and (dialect or place.tail == "models")):
+        except Refusal as refusal:
+            await refuse(exchange, refusal, self._dialect_at(place))
+
+    async def _route(self, exchange: Exchange, place: Place | None) -> None:
+        handlers = {"GET": self._health} if exchange.path == "/health" else self._handlers(place)
+        if exchange.method in handlers:
+            await handlers[exchange.method](exchange)
+        elif handlers:
             raise Refusal(405, f"{exchange.method[:20]} is not allowed for this path", code="method_not_allowed")
         else:
             paths = sorted(["/health", "/v1/models", *(f"/v1/{path}" for path in self._dialects)])
             raise Refusal(404, f"no such path; there are {', '.join(paths)}", code="not_found")
 
+    def _handlers(self, place: Place | None) -> dict[str, Handler]:
+        """Return what answers at a path, by method."""
+        if place is None:
+            return {}
+        if place.tail == "models":
+            return {"GET": self._models}
+        dialect = self._dialect_at(place)
+        if dialect is None:
+            return {}
+        if place.tail == dialect.path:
+            return {"POST": partial(self._converse, place, dialect)}
+        below = place.tail[len(dialect.path) + 1 :]
+        if isinstance(dialect, CountsTokens) and below == dialect.count_path:
+            return {"POST": partial(self._count, place, dialect)}
+        if isinstance(dialect, Recalls):
+            return {"GET": partial(self._recall, place, dialect, below)}
+        return {}
+
+    def _dialect_at(self, place: Place | None) -> Dialect | None:
+        """Return the dialect to which a path belongs: it is the dialect's own, or one below."""
+        if place is None:
+            return None
+        below = (dialect for path, dialect in self._dialects.items() if f"{place.tail}/".startswith(f"{path}/"))
+        return next(below, None)
+
+    async def _health(self, exchange: Exchange) -> None:
+        await exchange.reply(200, b'{"status":"ok"}')
+
+    async def _models(self, exchange: Exchange) -> None:
+        await exchange.reply(200, msgspec.json.encode(model_list(self._access.models(exchange))))
+
+    async def _converse(self, place: Place, dialect: Dialect, exchange: Exchange) -> None:
+        await self.converse(exchange, dialect, self._access.identify(exchange, place.rollout_id, place.role))
+
+    async def _recall(self, place: Place, dialect: Recalls, below: str, exchange: Exchange) -> None:
+        caller = self._access.identify(exchange, place.rollout_id, place.role)
+        answer_id = unquoted(below, "the answer's id") or ""
+        await exchange.reply(200, dialect.recall(answer_id, memory=caller.admission.memory))
+
+    async def _count(self, place: Place, dialect: CountsTokens, exchange: Exchange) -> None:
+        caller = self._access.identify(exchange, place.rollout_id, place.role)
+        if self._prompt is None:
+            raise Refusal(501, "this engine does not count tokens", code="unsupported")
+        body = await exchange.json(self._limits.body_bytes)
+        request = dialect.read_prompt(body, memory=caller.admission.memory)
+        request = replace(request, model=caller.policy(request.model))
+        try:
+            tokens = len(self._prompt(request))
+        except Exception as error:
+            raise explained(error, dialect) from error
+        await exchange.reply(200, dialect.count(tokens))
+
     async def converse(self, exchange: Exchange, dialect: Dialect, caller: Caller) -> None:
         """Answer one model call and record it, however it ends."""
         task = asyncio.current_task()
         assert task is not None, "an ASGI server calls its app within a task"
-        call = Call(caller, task)
+        call = Call(caller, task, self._decode)
         limit = caller.access.timeout_seconds
         # No call outlives a whole rollout's time; the rollout itself is ended by whoever runs it.
         overdue = Refusal(504, f"the call took longer than the rollout's {limit} seconds", code="timeout")
@@ -136,11 +181,9 @@ class App:
                 raise
             task.uncancel()
         except Exception as error:
-            refusal = refusal_of(error)
-            if refusal.status == 500:
-                logger.exception("a model call failed in the engine or the gateway")
+            refusal = explained(error, dialect)
             call.end(Status.ERROR, refusal.message)
-            await refuse(exchange, refusal, dialect)
+            await refuse(exchange, refusal, dialect, call.question)
         finally:
             if timer is not None:
                 timer.cancel()
@@ -159,7 +202,7 @@ class App:
         reason = call.stopped
         call.end(Status.INTERRUPTED, "the server stopped" if reason is None else str(reason))
         if isinstance(reason, Refusal):
-            await refuse(exchange, reason, dialect)
+            await refuse(exchange, reason, dialect, call.question)
 
     async def _answer(self, exchange: Exchange, dialect: Dialect, call: Call) -> None:
         if len(self.calls) > self._limits.calls:
@@ -169,19 +212,16 @@ class App:
                 code="too_many_requests",
                 retry_after_seconds=RETRY_AFTER_SECONDS,
             )
-        question = dialect.read(parse(await exchange.body(self._limits.body_bytes)), decode=self._decode)
-        policy = call.caller.policy(question.request.model)
-        asked = question.request.sampling
-        sampling = sampling_for(call.caller.access.models[policy], asked)
-        call.ask(replace(question.request, model=policy, sampling=sampling))
-        if question.request.tool_choice not in ("auto", "none") and not self._forces_tools:
-            raise Refusal(
-                400,
-                f"tool_choice={question.request.tool_choice!r} is not supported: this engine cannot force a "
-                "tool call; use 'auto' or 'none'",
-                code="unsupported_value",
-                param="tool_choice",
-            )
+        body = await exchange.json(self._limits.body_bytes)
+        caller = call.caller
+        asked = body.get("model")
+        if isinstance(asked, str) and caller.model is not None:
+            body["model"] = caller.model
+        question = dialect.read(body, decode=self._decode, memory=caller.admission.memory)
+        policy = caller.policy(asked if isinstance(asked, str) else question.request.model)
+        request = request_for(caller.access.models[policy], question.request)
+        call.ask(question, replace(request, model=policy))
+        self._check_ability(request, dialect)
         watch = asyncio.create_task(watch_client(exchange, call))
         try:
             await self._pass_gate(exchange, question)
@@ -191,6 +231,15 @@ class App:
                 self.gate.leave()
         finally:
             watch.cancel()
+
+    def _check_ability(self, request: GenerationRequest, dialect: Dialect) -> None:
+        """Refuse what this engine cannot do, rather than answer in another way than was asked."""
+        if request.forces_tool and not self._forces_tools:
+            why = f"{request.tool_choice!r:.200} is not supported: this engine cannot force a tool call; use 'auto'"
+            raise Refusal(400, f"tool_choice={why}", code="unsupported_value", param="tool_choice")
+        if request.response_format is not None and not self._constrains_format:
+            why = "is not supported: this engine cannot force the form of an answer; remove it"
+            raise Refusal(400, f"{dialect.format_field!r} {why}", code="unsupported_field", param=dialect.format_field)
 
     async def _pass_gate(self, exchange: Exchange, question: Question) -> None:
         """Wait while weights change: a stream is kept alive, a JSON call is sent away after a while."""
@@ -251,56 +300,31 @@ async def closing(generation: Generation) -> AsyncIterator[None]:
             await close()
 
 
+def explained(error: Exception, dialect: Dialect) -> Refusal:
+    """Return what a client is told of a failure; one that nobody foresaw is logged too."""
+    refusal = refusal_of(error, dialect.prompt_field)
+    if refusal.status == 500:
+        logger.exception("a model call failed in the engine or the gateway", exc_info=error)
+    return refusal
+
+
 async def watch_client(exchange: Exchange, call: Call) -> None:
     """Stop a call when its client goes away."""
     await exchange.disconnect()
     call.stop(Disconnected("the client went away before the answer was complete"))
 
 
-async def refuse(exchange: Exchange, refusal: Refusal, dialect: Dialect | None) -> None:
+async def refuse(
+    exchange: Exchange, refusal: Refusal, dialect: Dialect | None, question: Question | None = None
+) -> None:
     """Answer with an error, within the stream when one has begun."""
     if exchange.has_begun:
         # A JSON answer that was cut within its body stays cut: the server closes the connection.
-        if exchange.is_streaming and dialect is not None:
-            await exchange.write(dialect.error_event(refusal), last=True)
+        if exchange.is_streaming and question is not None:
+            await exchange.write(question.error_event(refusal), last=True)
         return
     headers: list[tuple[bytes, bytes]] = []
     if refusal.retry_after_seconds is not None:
         headers.append((b"retry-after", str(refusal.retry_after_seconds).encode()))
     body = dialect.error(refusal) if dialect else msgspec.json.encode(error_body(refusal))
     await exchange.reply(refusal.status, body, headers=headers)
-
-
-def parse(body: bytes) -> dict[str, object]:
-    """Return the body's JSON object.
-
-    Raises:
-        Refusal: it is not JSON, not an object, or nested too deep.
-    """
-    try:
-        value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Refusal(400, f"the body is not JSON: {error}", code="invalid_json") from error
-    except RecursionError as error:
-        raise Refusal(400, "the body's JSON is nested too deep", code="invalid_json") from error
-    if not isinstance(value, dict):
-        raise Refusal(400, "the body must be a JSON object", code="invalid_json")
-    return value
-
-
-def place_of(path: str) -> Place | None:
-    """Read `/v1/...` or `/rollout/{rollout_id}/role/{role}/v1/...`; `None` for any other path."""
-    if path.startswith("/v1/"):
-        return Place(path[4:])
-    parts = path.split("/", 6)
-    if len(parts) == 7 and parts[1] == "rollout" and parts[3] == "role" and parts[5] == "v1":
-        rollout_id, role = unquoted(parts[2], "the rollout's id"), unquoted(parts[4], "the role's name")
-        if rollout_id and role:
-            return Place(parts[6], rollout_id, role)
-    return None
-
-
-def model_list(models: Sequence[str]) -> dict[str, object]:
-    """Return OpenAI's list of models."""
-    data = [{"id": model, "object": "model", "created": 0, "owned_by": "leyden"} for model in models]
-    return {"object": "list", "data": data}

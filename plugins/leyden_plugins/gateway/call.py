@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from leyden.interfaces import Delta, Generation, GenerationRequest
 from leyden.spans import Choice, Completion, Kind, Record, Span, Status, now_ns
 from leyden_plugins.gateway.access import Caller
-from leyden_plugins.gateway.dialects import Answer, ChoiceSoFar
+from leyden_plugins.gateway.dialects import Answer, ChoiceSoFar, Decode, Question
 from leyden_plugins.gateway.exchange import Disconnected
 from leyden_plugins.gateway.refusal import Refusal
 
@@ -22,9 +22,11 @@ from leyden_plugins.gateway.refusal import Refusal
 class Call:
     """What is known of a running call."""
 
-    def __init__(self, caller: Caller, task: asyncio.Task[object]) -> None:
+    def __init__(self, caller: Caller, task: asyncio.Task[object], decode: Decode | None) -> None:
         self.caller = caller
         self.task = task
+        self.question: Question | None = None
+        """As the client asked it; `None` until the request has been understood."""
         self.policy = ""
         """Empty until the request has been understood."""
         self.request: GenerationRequest | None = None
@@ -35,17 +37,20 @@ class Call:
         self._first_token_ns = 0
         self._end_ns = 0
         self._version = 0
+        self._is_off_distribution = False
         self._status = Status.INTERRUPTED
         self._error: str | None = None
+        self._decode = decode
         self._answer = Answer(
-            answer_id=f"chatcmpl-{caller.span_id}-{caller.http_attempt}",
+            answer_id=f"{caller.span_id}-{caller.http_attempt}",
             created_seconds=int(time.time()),
             prompt_token_ids=(),
             choices=[],
         )
 
-    def ask(self, request: GenerationRequest) -> None:
-        """Note what goes to the engine."""
+    def ask(self, question: Question, request: GenerationRequest) -> None:
+        """Note what the client asks, and what of it goes to the engine."""
+        self.question = question
         self.policy = request.model
         self.request = request
 
@@ -53,6 +58,7 @@ class Call:
         """Note that the engine has accepted; return the answer, still empty."""
         assert self.request is not None
         self._version = generation.version
+        self._is_off_distribution = generation.is_off_distribution
         self._answer.prompt_token_ids = generation.prompt_token_ids
         self._answer.choices = [ChoiceSoFar() for _ in range(self.request.sampling.n)]
         return self._answer
@@ -90,8 +96,9 @@ class Call:
             version=self._version,
             prompt_token_ids=list(self._answer.prompt_token_ids),
             choices=[self._choice(index, choice) for index, choice in enumerate(self._answer.choices)],
-            sampling=dataclasses.asdict(self.request.sampling) if self.request else {},
-            off_distribution=self.request is not None and self.request.sampling.is_off_distribution,
+            sampling=parameters(self.request) if self.request else {},
+            off_distribution=self._is_off_distribution
+            or (self.request is not None and self.request.is_off_distribution),
             status=self._status,
             delivered=self._status is Status.OK,
             start_ns=self._start_ns,
@@ -112,24 +119,35 @@ class Call:
             text="".join(choice.text),
         )
 
+    def _read_by_model(self, request: GenerationRequest) -> list[Mapping[str, object]]:
+        """Return the prompt as chat messages; one that came as text or tokens is what a user said."""
+        if request.messages:
+            return list(request.messages)
+        text = request.prompt_text
+        # Only tokens that the engine has accepted can be spelled.
+        if text is None and self._decode is not None:
+            text = self._decode(self._answer.prompt_token_ids)
+        return [{"role": "user", "content": text}]
+
     def _span(self, completion: Completion) -> Span:
+        operation = "text_completion" if self.request is not None and not self.request.messages else "chat"
         attributes: dict[str, object] = {
-            "gen_ai.operation.name": "chat",
+            "gen_ai.operation.name": operation,
             "gen_ai.request.model": self.policy,
             "gen_ai.usage.input_tokens": len(completion.prompt_token_ids),
             "gen_ai.usage.output_tokens": sum(len(choice.token_ids) for choice in completion.choices),
             "gen_ai.response.finish_reasons": [choice.finish_reason for choice in completion.choices],
         }
         if self.request is not None:
-            attributes["gen_ai.input.messages"] = list(self.request.messages)
-            attributes["gen_ai.output.messages"] = [spoken(choice) for choice in self._answer.choices]
+            attributes["gen_ai.input.messages"] = self._read_by_model(self.request)
+            attributes["gen_ai.output.messages"] = [choice.spoken for choice in self._answer.choices]
         return Span(
             span_id=completion.span_id,
             parent_id=self.caller.parent_id,
             rollout_id=completion.rollout_id,
             attempt=completion.attempt,
             kind=Kind.MODEL_CALL,
-            name=f"chat {self.policy}",
+            name=f"{operation} {self.policy}",
             role=completion.role,
             start_ns=completion.start_ns,
             end_ns=completion.end_ns,
@@ -139,8 +157,11 @@ class Call:
         )
 
 
-def spoken(choice: ChoiceSoFar) -> Mapping[str, object]:
-    """Return a choice as a chat message."""
-    message: dict[str, object] = {"role": "assistant", "content": "".join(choice.text)}
-    calls: Sequence[Mapping[str, object]] = choice.tool_calls
-    return message | {"tool_calls": calls} if calls else message
+def parameters(request: GenerationRequest) -> dict[str, object]:
+    """Return what was really used to sample; a mask's name stands beside the numbers."""
+    used: dict[str, object] = dataclasses.asdict(request.sampling)
+    if request.forces_tool:
+        used["tool_choice"] = request.tool_choice
+    if request.response_format is not None:
+        used["response_format"] = request.response_format["type"]
+    return used

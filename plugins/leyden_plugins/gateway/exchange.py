@@ -1,6 +1,6 @@
 """One HTTP request and its answer, over plain ASGI.
 
-Plain ASGI because there are four routes: a framework would add a dependency and its import for a routing
+Plain ASGI because there are few routes: a framework would add a dependency and its import for a routing
 table (its own cost a request, 12 µs of CPU, would not matter).
 """
 
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
+
+import msgspec
 
 from leyden_plugins.gateway.refusal import Refusal
 
@@ -44,10 +46,11 @@ class Exchange:
         return None if value is None else value.decode("latin-1")
 
     @property
-    def bearer(self) -> str:
-        """Return the bearer token; empty without one."""
+    def keys(self) -> list[str]:
+        """Return the keys that the request brings: OpenAI's bearer token, Anthropic's `x-api-key`, or both."""
         scheme, _, token = (self.header("authorization") or "").partition(" ")
-        return token.strip() if scheme.lower() == "bearer" else ""
+        found = [token if scheme.lower() == "bearer" else "", self.header("x-api-key") or ""]
+        return [key.strip() for key in found if key.strip()]
 
     async def body(self, limit: int) -> bytes:
         """Return the whole body.
@@ -72,6 +75,23 @@ class Exchange:
             parts.append(part)
             if not message.get("more_body", False):
                 return b"".join(parts)
+
+    async def json(self, limit: int) -> dict[str, object]:
+        """Return the body's JSON object.
+
+        Raises:
+            Refusal: it is longer than `limit` bytes, not JSON, not an object, or nested too deep.
+            Disconnected: the client went away while sending.
+        """
+        try:
+            value = msgspec.json.decode(await self.body(limit))
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise Refusal(400, f"the body is not JSON: {error}", code="invalid_json") from error
+        except RecursionError as error:
+            raise Refusal(400, "the body's JSON is nested too deep", code="invalid_json") from error
+        if not isinstance(value, dict):
+            raise Refusal(400, "the body must be a JSON object", code="invalid_json")
+        return value
 
     async def disconnect(self) -> None:
         """Return when the client is gone; call it after the body was read."""

@@ -12,7 +12,7 @@ from leyden_plugins.gateway.access import AccessTable, Admission
 from leyden_plugins.gateway.app import App, Limits
 from leyden_plugins.gateway.call import Call
 from leyden_plugins.gateway.dialects import Dialect
-from leyden_plugins.gateway.dialects.chat import ChatDialect
+from leyden_plugins.gateway.dialects.spoken import DIALECTS
 from leyden_plugins.gateway.recorder import Recorder
 from leyden_plugins.gateway.refusal import Refusal
 from leyden_plugins.gateway.server import HOST, BackgroundServer
@@ -31,10 +31,10 @@ class HttpGateway:
         limits: Limits | None = None,
         port: int = 0,
     ) -> None:
-        """`dialects` defaults to OpenAI chat completions; `port=0` takes a free port."""
+        """`dialects` defaults to all that come with the gateway; `port=0` takes a free port."""
         self.base_url = ""
         """`http://127.0.0.1:PORT/v1`, known after `start`."""
-        self._dialects = tuple(dialects) or (ChatDialect(),)
+        self._dialects = tuple(dialects) or DIALECTS
         self._limits = limits or Limits()
         self._port = port
         self._access = AccessTable()

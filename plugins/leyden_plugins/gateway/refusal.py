@@ -37,13 +37,13 @@ class Refusal(Exception):
         return "invalid_request_error" if self.status < 500 else "server_error"
 
 
-def refusal_of(error: Exception) -> Refusal:
-    """Translate what an engine raises."""
+def refusal_of(error: Exception, prompt_field: str) -> Refusal:
+    """Translate what an engine raises; `prompt_field` is the caller's name for what the model reads."""
     match error:
         case Refusal():
             return error
         case ContextLengthError():
-            return Refusal(400, str(error), code="context_length_exceeded", param="messages")
+            return Refusal(400, str(error), code="context_length_exceeded", param=prompt_field)
         case ConfigurationError():
             return Refusal(400, str(error), code="unsupported_value")
         case EngineError():

@@ -1,4 +1,4 @@
-"""Serve an engine as an ordinary OpenAI endpoint: no rollouts, no records, no trainer.
+"""Serve an engine as an ordinary endpoint for OpenAI's and Anthropic's clients: no rollouts, records or trainer.
 
 One idea: the endpoint has a thread and a loop of its own and calls `engine.generate` there, so it works beside a
 trainer that uses the same engine from another loop, and beside none.
@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from leyden.deploying.exported import EXPORT_FILE, POLICIES, read_export
 from leyden.errors import ConfigurationError
@@ -20,7 +21,8 @@ from leyden.plugins import load_plugins
 from leyden.roles import AGENTS_OWN, RESERVED_MODEL
 from leyden_plugins.gateway.access import AccessTable, Admission
 from leyden_plugins.gateway.app import App, Limits
-from leyden_plugins.gateway.dialects.chat import ChatDialect
+from leyden_plugins.gateway.dialects.spoken import DIALECTS
+from leyden_plugins.gateway.memory import MOST_REMEMBERED, Memory
 from leyden_plugins.gateway.server import HOST, BackgroundServer
 
 ANY_KEY = "not-needed"
@@ -53,15 +55,25 @@ class ServedModels:
 
     def __init__(self, models: Mapping[str, Served]) -> None:
         self._models = models
-        decoders = {id(served.engine): getattr(served.engine, "decode", None) for served in models.values()}
-        if len(decoders) == 1:
+        engines = list({id(served.engine): served.engine for served in models.values()}.values())
+        self.forces_tools = all(getattr(engine, "forces_tools", False) for engine in engines)
+        self.constrains_format = all(getattr(engine, "constrains_format", False) for engine in engines)
+        if len(engines) == 1:
             # Spelling single tokens needs to know whose they are; with several engines it is not offered.
-            self.decode = next(iter(decoders.values()))
+            self.decode = getattr(engines[0], "decode", None)
+        if all(hasattr(engine, "prompt") for engine in engines):
+            self.prompt = self._prompt
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """Begin a generation; the access has checked the name."""
         served = self._models[request.model]
         return await served.engine.generate(replace(request, model=served.model))
+
+    def _prompt(self, request: GenerationRequest) -> Sequence[int]:
+        served = self._models[request.model]
+        counting: Any = served.engine  # not every engine counts; this is offered only where all do
+        tokens: Sequence[int] = counting.prompt(replace(request, model=served.model))
+        return tokens
 
 
 @contextlib.contextmanager
@@ -106,11 +118,15 @@ def serve_models(
     Raises:
         ConfigurationError: the port is taken, or an engine cannot start.
     """
-    admission = Admission(Access(rollout_id="", attempt=0, models=dict.fromkeys(models, AGENTS_OWN)), is_open=True)
+    admission = Admission(
+        Access(rollout_id="", attempt=0, models=dict.fromkeys(models, AGENTS_OWN)),
+        is_open=True,
+        memory=Memory(MOST_REMEMBERED),
+    )
     access = AccessTable(anybody=admission if api_key is None else None)
     if api_key is not None:
         access.admit(admission, api_key)
-    app = App(engine=ServedModels(models), access=access, dialects=[ChatDialect()], record=None, limits=Limits())
+    app = App(engine=ServedModels(models), access=access, dialects=DIALECTS, record=None, limits=Limits())
     server = BackgroundServer()
     engines = {id(served.engine): served.engine for served in models.values()}.values()
 

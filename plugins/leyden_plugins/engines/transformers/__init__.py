@@ -33,6 +33,11 @@ class TransformersEngine:
         ConfigurationError: a value that no model could be served with.
     """
 
+    forces_tools = True
+    """A tool choice that forces a call is kept to."""
+    constrains_format = True
+    """So is the form that an answer must have."""
+
     def __init__(
         self,
         model: str | Path,
@@ -157,10 +162,20 @@ class TransformersEngine:
         if request.model not in self._served:
             raise ConfigurationError(f"model {request.model!r} is not served; these are: {self.models()!r}")
         check_sampling(request.sampling)
-        prompt = self._prompt(backend, request)
+        prompt = self.prompt(request)
+        if len(prompt) >= backend.context_length:
+            raise ContextLengthError(
+                f"the prompt has {len(prompt)!r} tokens and the context {backend.context_length!r}: "
+                "no room for an answer; shorten the prompt"
+            )
         version, served = self._served[request.model]
-        sampling = request.sampling
+        sampling, forced = request.sampling, request.forced_token_ids
         room = backend.context_length - len(prompt)
+        if forced is not None:
+            if not forced:
+                raise ConfigurationError("forced_token_ids is empty; an answer needs at least one token")
+            check_tokens("forced", forced, backend.vocabulary)
+            room = min(room, len(forced))
         stream, call = backend.open_call(
             served,
             prompt,
@@ -172,26 +187,24 @@ class TransformersEngine:
         backend.batcher.submit(call)
         return Generation(prompt_token_ids=prompt, version=version, deltas=stream)
 
-    def _prompt(self, backend: Backend, request: GenerationRequest) -> tuple[int, ...]:
+    def prompt(self, request: GenerationRequest) -> tuple[int, ...]:
+        """Return the tokens of a request's prompt.
+
+        Raises:
+            ConfigurationError: the prompt is empty, or cannot be written in this model's tokens.
+            EngineError: the engine is not running.
+        """
+        backend = self._started()
         if request.prompt_token_ids is not None:
             prompt = tuple(request.prompt_token_ids)
-            wrong = next((token for token in prompt if not 0 <= token < backend.vocabulary), None)
-            if wrong is not None:
-                raise ConfigurationError(f"prompt token {wrong!r} is outside 0 to {backend.vocabulary - 1}")
+            check_tokens("prompt", prompt, backend.vocabulary)
+        elif request.prompt_text is not None:
+            prompt = tuple(backend.chat.codec.encode(request.prompt_text, add_special_tokens=True))
         else:
-            choice = request.tool_choice
-            if choice not in ("auto", "none"):
-                raise ConfigurationError(
-                    f"tool_choice {choice!r} needs constrained decoding, which this engine lacks; use 'auto' or 'none'"
-                )
-            prompt = backend.chat.prompt(request.messages, () if choice == "none" else request.tools)
+            tools = () if request.tool_choice == "none" else request.tools
+            prompt = backend.chat.prompt(request.messages, tools)
         if not prompt:
             raise ConfigurationError("the prompt is empty; it needs at least one token")
-        if len(prompt) >= backend.context_length:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)!r} tokens and the context {backend.context_length!r}: "
-                "no room for an answer; shorten the prompt"
-            )
         return prompt
 
     async def publish(self, policy: str, version: int, weights: Weights) -> None:
@@ -232,6 +245,14 @@ class TransformersEngine:
         codec = self._started().chat.codec
         return codec.decode(token_ids, codec.special)
 
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of `text`; where it spells a special token, that one.
+
+        Raises:
+            EngineError: the engine is not started.
+        """
+        return self._started().chat.codec.encode(text)
+
     async def stop(self) -> None:
         """Free everything; requests in flight end with `EngineError`. Idempotent."""
         backend, self._backend = self._backend, None
@@ -244,6 +265,17 @@ class TransformersEngine:
         if self._backend is None:
             raise EngineError("the engine is not running; await engine.start([...]) first")
         return self._backend
+
+
+def check_tokens(name: str, token_ids: Sequence[int], vocabulary: int) -> None:
+    """Refuse tokens that the model does not have.
+
+    Raises:
+        ConfigurationError: names the first of them.
+    """
+    wrong = next((token for token in token_ids if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise ConfigurationError(f"{name} token {wrong!r} is outside 0 to {vocabulary - 1}")
 
 
 def check_sampling(sampling: SamplingParameters) -> None:

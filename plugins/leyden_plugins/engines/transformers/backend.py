@@ -6,7 +6,7 @@ import asyncio
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from leyden.errors import ConfigurationError
@@ -29,6 +29,9 @@ from leyden_plugins.torch_models import (
     read_tensors,
     vocabulary_of,
 )
+
+if TYPE_CHECKING:
+    from leyden_plugins.engines.transformers.constraint import Constraint, Grammars
 
 
 class Backend:
@@ -62,11 +65,13 @@ class Backend:
         self._network: Network[Any] = network or self._solo  # type: ignore[assignment]  # one of them is there
         self._base = self._network.prepare(tensors)
         self._cache = PrefixCache(prefix_cache_tokens)
+        self._eos = eos_token_ids(self._model, tokenizer) if eos is None else eos
+        self._grammars: Grammars | None = None
         self.batcher = Batcher(
             lane=self._lane,
             cache=self._cache,
             chat=self.chat,
-            eos=eos_token_ids(self._model, tokenizer) if eos is None else eos,
+            eos=self._eos,
             max_rows=max_rows,
             threads=threads,
         )
@@ -131,6 +136,8 @@ class Backend:
                 # A string seed is hashed whole, so that neighbouring seeds and choices do not resemble each other.
                 random=Random(f"{seed}/{index}"),
                 token_ids=[],
+                forced=request.forced_token_ids,
+                constraint=self._constraint(request),
                 prompt=prompt,
                 call=call,
                 index=index,
@@ -141,6 +148,15 @@ class Backend:
         ]
         stream.abort = partial(self.batcher.abort, call)
         return stream, call
+
+    def _constraint(self, request: GenerationRequest) -> Constraint | None:
+        if request.forced_token_ids is not None or not (request.forces_tool or request.response_format):
+            return None
+        from leyden_plugins.engines.transformers.constraint import Grammars
+
+        if self._grammars is None:
+            self._grammars = Grammars(self.chat.codec, self.vocabulary, self._eos)
+        return self._grammars.constraint(request, self.chat.forms)
 
     def _text(self, request: GenerationRequest, parses_tools: bool) -> TextStream | None:
         if not request.stream and not request.sampling.stop:

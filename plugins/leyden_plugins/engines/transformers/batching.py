@@ -244,7 +244,8 @@ class Batcher:
     def _advance(self, row: Answer, token: int) -> bool:
         """Give out what is new of a row; say whether it is finished."""
         is_end = token in self._eos
-        reason: Reason | None = "stop" if is_end else "length" if len(row.token_ids) >= row.limit else None
+        is_complete = is_end or (row.constraint is not None and row.constraint.is_complete)
+        reason: Reason | None = "stop" if is_complete else "length" if len(row.token_ids) >= row.limit else None
         piece = ""
         if row.text is not None and not is_end:
             piece = row.text.push((token,))

@@ -14,11 +14,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from leyden.interfaces import SamplingParameters
+
+if TYPE_CHECKING:
+    from leyden_plugins.engines.transformers.constraint import Constraint
 
 
 @dataclass(eq=False, kw_only=True)
@@ -28,6 +32,10 @@ class Sampled:
     sampling: SamplingParameters
     random: Random
     token_ids: list[int]
+    forced: Sequence[int] | None = None
+    """The tokens to take, whatever would be sampled; at least as many as the row may have."""
+    constraint: Constraint | None = None
+    """The grammar that its answer keeps to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +72,8 @@ class Sampler:
             for index, asked in enumerate(parameters)
             if asked.temperature != 0 and (asked.top_k > 0 or asked.top_p < 1 or asked.min_p > 0)
         ]
+        self.constrained = [(index, row.constraint) for index, row in enumerate(rows) if row.constraint is not None]
+        self.forced = [index for index, row in enumerate(rows) if row.forced is not None]
 
     def choose(self, logits_B_V: Tensor) -> Chosen:
         """Return the next token of each row with its log-probability."""
@@ -72,13 +82,32 @@ class Sampler:
             scaled = scaled / self.temperature_B1
         logprobs = torch.log_softmax(scaled, -1)
         target = self.penalise(logits_B_V.float()) if self.penalised else logprobs
+        if self.constrained:
+            target = self.constrain(target)
         if self.all_greedy:
             tokens = target.argmax(-1)
         else:
             tokens = self.draw(target)
             if self.greedy_B is not None:
                 tokens = torch.where(self.greedy_B, target.argmax(-1), tokens)
+        if self.forced:
+            # Sampled all the same, so that a given answer costs what a sampled one does.
+            tokens[self.forced] = torch.tensor(self.given(), device=self.device)
+        for index, constraint in self.constrained:
+            constraint.take(int(tokens[index]))
         return Chosen(tokens_B=tokens, logprobs_B=logprobs.gather(1, tokens[:, None])[:, 0])
+
+    def constrain(self, logprobs_B_V: Tensor) -> Tensor:
+        """Return the log-probabilities without the tokens that would leave a row's grammar."""
+        masked = logprobs_B_V.clone()
+        for index, constraint in self.constrained:
+            constraint.mask(masked[index])
+        return masked
+
+    def given(self) -> list[int]:
+        """Return the next token of each row whose answer is given."""
+        rows = [self.rows[index] for index in self.forced]
+        return [row.forced[len(row.token_ids)] for row in rows if row.forced is not None]
 
     def draw(self, logprobs_B_V: Tensor) -> Tensor:
         """Invert the cumulative distribution at one uniform number a row."""

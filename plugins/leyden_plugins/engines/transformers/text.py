@@ -25,11 +25,11 @@ class Codec:
         # The Rust tokenizer under the wrapper is several times quicker for short texts; not every tokenizer has one.
         self.backend = getattr(tokenizer, "backend_tokenizer", None)
 
-    def encode(self, text: str) -> list[int]:
-        """Return the tokens of `text`, which holds its special tokens already."""
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Return the tokens of `text`; a rendered chat holds its special tokens already, plain text does not."""
         if self.backend is not None:
-            return list(self.backend.encode(text, add_special_tokens=False).ids)
-        return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=False)]
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=add_special_tokens)]
 
     def decode(self, token_ids: Sequence[int], kept: frozenset[int] = frozenset()) -> str:
         """Return the text of `token_ids` without special tokens but those in `kept`."""

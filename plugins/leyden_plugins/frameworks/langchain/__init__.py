@@ -36,7 +36,11 @@ class LangChainAdapter:
         with extra("langchain"):
             from leyden_plugins.frameworks.langchain.hooks import Hooks
         hooks = Hooks()
-        hooks.install()
+        try:
+            hooks.install()
+        except BaseException:
+            hooks.remove()
+            raise
         self.hooks = hooks
 
     def detach(self) -> None:

@@ -20,6 +20,7 @@ from leyden.context import status_of
 from leyden.errors import DeadlineExceeded
 from leyden.spans import Kind, Status
 from leyden_plugins.frameworks.langchain.messages import answer_attributes, message_json, plain
+from leyden_plugins.frameworks.langchain.run import Run
 from leyden_plugins.frameworks.langchain.runs import Runs
 
 logger = logging.getLogger(__name__)
@@ -143,15 +144,18 @@ class Recorder(BaseCallbackHandler):
         metadata: dict[str, Any] | None = None,
         **rest: Any,
     ) -> None:
-        if self.is_on:
-            self.start_model(
-                serialized,
-                rest,
-                run_id,
-                parent_run_id,
-                metadata,
-                lambda: [{"role": "user", "content": prompt} for prompt in prompts],
-            )
+        if not self.is_on:
+            return
+        run = self.start_model(
+            serialized,
+            rest,
+            run_id,
+            parent_run_id,
+            metadata,
+            lambda: [{"role": "user", "content": prompt} for prompt in prompts],
+        )
+        if run is not None and not RUNS.are_hooked:
+            run.has_asked = True
 
     def start_model(
         self,
@@ -161,14 +165,15 @@ class Recorder(BaseCallbackHandler):
         parent_run_id: UUID | None,
         metadata: Mapping[str, Any] | None,
         inputs: Callable[[], Sequence[object]],
-    ) -> None:
+    ) -> Run | None:
         """Open a model call; `inputs` is asked only when there is a span to keep them."""
         run = RUNS.start_model(run_id, parent_run_id, name_of(serialized, rest, "model"), metadata)
         if run is None or run.span is None:
-            return
+            return run
         parameters = rest.get("invocation_params") or {}
         run.span.attributes["gen_ai.request.model"] = parameters.get("model") or parameters.get("model_name")
         run.span.attributes["gen_ai.input.messages"] = inputs()
+        return run
 
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **rest: Any) -> None:
         run = RUNS.get(run_id)
@@ -179,7 +184,7 @@ class Recorder(BaseCallbackHandler):
             attributes = answer_attributes(response)
         except Exception:
             logger.exception("the answer of a model call could not be recorded")
-        RUNS.end(run_id, Status.OK, None, attributes)
+        RUNS.end_model(run, attributes)
 
     def on_llm_error(self, error: BaseException, *, run_id: UUID, **rest: Any) -> None:
         end_with_error(run_id, error, {})
@@ -192,16 +197,16 @@ class Recorder(BaseCallbackHandler):
 class LeydenCallbackHandler(Recorder):
     """The explicit form: `graph.invoke(..., config={"callbacks": [LeydenCallbackHandler()]})`.
 
-    It patches no class of LangChain or LangGraph; it does install Leyden's hook into the HTTP clients `httpx` and
-    `httpx2`, because only there can a trained role be sent to the gateway. Unlike the automatic form it cannot
-    bypass LLM caches or switch a model from the Responses API to chat completions.
+    It patches no class of LangChain or LangGraph; it does install Leyden's hook into the HTTP clients, because only
+    there can a trained role be sent to the gateway. Unlike the automatic form it cannot go around caches (a trained
+    role that one answers is refused) or keep the threads of a checkpointer apart.
     """
 
     def __init__(self) -> None:
         super().__init__()
         if not wire.is_installed():
             logger.info(
-                "LeydenCallbackHandler installs Leyden's hook into httpx and httpx2; leyden.uninstrument() undoes it"
+                "LeydenCallbackHandler installs Leyden's hook into the HTTP clients; leyden.uninstrument() undoes it"
             )
             wire.install()
 

@@ -1,14 +1,15 @@
 """The automatic form: LangChain's configure hook, and the few methods that must know a call is rerouted.
 
-Only routed roles are touched: they bypass LLM caches, which would replay an old policy, and models that would
-use the Responses API use chat completions, which the gateway speaks.
+Only routed roles and running rollouts are touched: routed roles bypass LLM caches, which would replay an old
+policy, and the graphs of a rollout keep their state on threads of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.globals import get_llm_cache
 from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.language_models.llms import BaseLLM
 from langchain_core.tracers import context as tracer_context
 
 from leyden import context, wire
@@ -23,12 +25,24 @@ from leyden.context import Frame
 from leyden.errors import ConfigurationError
 from leyden.patching import Patches, forget_import, when_imported
 from leyden_plugins.frameworks.langchain.handler import RUNS, Recorder
-from leyden_plugins.frameworks.langchain.runs import GENERIC_NODES, is_name
+from leyden_plugins.frameworks.langchain.run import GENERIC_NODES, is_name
+from leyden_plugins.frameworks.langchain.threads import with_own_thread
 
 MODEL_METHODS = ("_generate_with_cache", "_agenerate_with_cache")
 
-RESPONSES_ONLY = ("context_management", "include", "previous_response_id", "reasoning", "text", "truncation")
-"""Options that only the Responses API has."""
+COMPLETION_METHODS = ("generate", "agenerate", "_generate_helper", "_agenerate_helper")
+
+RUN_METHODS = ("stream", "astream")
+"""Everything that runs a graph ends in one of these."""
+
+STATE_METHODS = (
+    "get_state",
+    "aget_state",
+    "get_state_history",
+    "aget_state_history",
+    "bulk_update_state",
+    "abulk_update_state",
+)
 
 WORKING_VERSIONS = "langchain-core 1.7 and langgraph 1.2"
 
@@ -42,8 +56,6 @@ class Hooks:
         self.variable: ContextVar[BaseCallbackHandler | None] = ContextVar("leyden_langchain", default=self.recorder)
         self.patches = Patches()
         self.waiting: list[tuple[str, Callable[[ModuleType], None]]] = [
-            ("langchain_openai.chat_models.base", self.patch_openai),
-            ("langchain_openai.chat_models.azure", self.patch_azure),
             ("langgraph.pregel.main", self.patch_langgraph),
         ]
 
@@ -53,21 +65,24 @@ class Hooks:
         Raises:
             ConfigurationError: a hook point is missing in this version.
         """
-        missing = [name for name in MODEL_METHODS if name not in vars(BaseChatModel)]
-        if missing or not hasattr(tracer_context, "_configure_hooks"):
+        check_hook_points(BaseChatModel, "langchain-core", MODEL_METHODS)
+        check_hook_points(BaseLLM, "langchain-core", COMPLETION_METHODS)
+        if not hasattr(tracer_context, "_configure_hooks"):
             raise ConfigurationError(
-                f"langchain-core has no {missing or '_configure_hooks'!r} where Leyden attaches; "
+                "langchain-core has no '_configure_hooks' where Leyden attaches; "
                 f"versions known to work: {WORKING_VERSIONS}"
             )
+        RUNS.are_hooked = True
         tracer_context.register_configure_hook(self.variable, inheritable=True)
         self.patch_models()
+        self.patch_completions()
         for module, patch in self.waiting:
             when_imported(module, patch)
 
     def remove(self) -> None:
         """Undo `install`. LangChain has no way to unregister, so the hook is taken from its list."""
-        self.recorder.is_on = False
-        hooks = tracer_context._configure_hooks
+        self.recorder.is_on = RUNS.are_hooked = False
+        hooks = getattr(tracer_context, "_configure_hooks", [])
         hooks[:] = [hook for hook in hooks if hook[0] is not self.variable]
         for module, patch in self.waiting:
             forget_import(module, patch)
@@ -86,8 +101,7 @@ class Hooks:
             if run is None:
                 return generate(model, messages, stop=stop, run_manager=run_manager, **options)
             with run.entered():
-                model, options = for_route(model, options)
-                return generate(model, messages, stop=stop, run_manager=run_manager, **options)
+                return generate(for_route(model), messages, stop=stop, run_manager=run_manager, **options)
 
         @functools.wraps(agenerate)
         async def asynchronous(
@@ -97,77 +111,112 @@ class Hooks:
             if run is None:
                 return await agenerate(model, messages, stop=stop, run_manager=run_manager, **options)
             with run.entered():
-                model, options = for_route(model, options)
-                return await agenerate(model, messages, stop=stop, run_manager=run_manager, **options)
+                return await agenerate(for_route(model), messages, stop=stop, run_manager=run_manager, **options)
 
         self.patches.replace(BaseChatModel, "_generate_with_cache", sync)
         self.patches.replace(BaseChatModel, "_agenerate_with_cache", asynchronous)
 
-    def patch_openai(self, module: ModuleType) -> None:
-        """Make streams of `ChatOpenAI` use chat completions where they are routed."""
-        self.patch_streams(module.ChatOpenAI)
+    def patch_completions(self) -> None:
+        """Do the same for completion models.
 
-    def patch_azure(self, module: ModuleType) -> None:
-        """Make streams of `AzureChatOpenAI` use chat completions where they are routed."""
-        self.patch_streams(module.AzureChatOpenAI)
+        LangChain reports no run for what a cache answers, and starts async runs in tasks that the request is not in.
+        """
+        generate, agenerate = vars(BaseLLM)["generate"], vars(BaseLLM)["agenerate"]
+        ask, aask = vars(BaseLLM)["_generate_helper"], vars(BaseLLM)["_agenerate_helper"]
 
-    def patch_streams(self, model_class: type) -> None:
-        """Patch the two methods that choose between chat completions and the Responses API."""
-        stream, astream = vars(model_class).get("_stream"), vars(model_class).get("_astream")
-        if stream is None or astream is None:
-            return
+        @functools.wraps(generate)
+        def sync(model: Any, *args: Any, **options: Any) -> Any:
+            return generate(for_route(model), *args, **options)
 
-        @functools.wraps(stream)
-        def sync(model: Any, *args: Any, **options: Any) -> Iterator[Any]:
-            model, options = for_route(model, options)
-            return stream(model, *args, **options)  # type: ignore[no-any-return]  # the method we wrap
+        @functools.wraps(agenerate)
+        async def asynchronous(model: Any, *args: Any, **options: Any) -> Any:
+            return await agenerate(for_route(model), *args, **options)
 
-        @functools.wraps(astream)
-        def asynchronous(model: Any, *args: Any, **options: Any) -> AsyncIterator[Any]:
-            model, options = for_route(model, options)
-            return astream(model, *args, **options)  # type: ignore[no-any-return]  # the method we wrap
+        @functools.wraps(ask)
+        def sync_request(model: Any, prompts: Any, stop: Any, run_managers: Any, **options: Any) -> Any:
+            with entered(run_managers):
+                return ask(model, prompts, stop, run_managers, **options)
 
-        self.patches.replace(model_class, "_stream", sync)
-        self.patches.replace(model_class, "_astream", asynchronous)
+        @functools.wraps(aask)
+        async def async_request(model: Any, prompts: Any, stop: Any, run_managers: Any, **options: Any) -> Any:
+            with entered(run_managers):
+                return await aask(model, prompts, stop, run_managers, **options)
+
+        for name, patched in zip(COMPLETION_METHODS, (sync, asynchronous, sync_request, async_request), strict=True):
+            self.patches.replace(BaseLLM, name, patched)
 
     # ---- graphs ------------------------------------------------------------------------------------------------
 
     def patch_langgraph(self, module: ModuleType) -> None:
-        """Declare a graph's nodes as roles when it starts, also those that will be silent."""
-        for name in ("stream", "astream"):
-            self.patches.replace(module.Pregel, name, declaring(vars(module.Pregel)[name]))
+        """Make graphs declare their roles when they start, and keep the threads of rollouts apart.
+
+        Raises:
+            ConfigurationError: a method is missing in this version.
+        """
+        check_hook_points(module.Pregel, "langgraph", (*RUN_METHODS, *STATE_METHODS))
+        for name in RUN_METHODS:
+            self.patches.replace(module.Pregel, name, running(vars(module.Pregel)[name]))
+        for name in STATE_METHODS:
+            self.patches.replace(module.Pregel, name, on_own_thread(vars(module.Pregel)[name]))
 
 
-def for_route(model: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return the model and options to call with: the user's own, unless a routed role needs others."""
-    frame = context.current()
-    if not wire.is_routed(frame or Frame()):
-        return model, options
-    changes: dict[str, Any] = {}
-    if model.cache is not False and (model.cache or get_llm_cache() is not None):
-        changes["cache"] = False
-    uses_responses = getattr(model, "_use_responses_api", None)
-    if uses_responses is not None and uses_responses({**(model.model_kwargs or {}), **options}):
-        changes["use_responses_api"] = False
-        changes.update({name: None for name in RESPONSES_ONLY if hasattr(model, name)})
-        changes["use_previous_response_id"] = False
-        if model.output_version == "responses/v1":
-            changes["output_version"] = None
-        options = {name: value for name, value in options.items() if name not in RESPONSES_ONLY}
-    return (model.model_copy(update=changes) if changes else model), options
+def check_hook_points(owner: type, package: str, names: Sequence[str]) -> None:
+    """Check that this version has what is to be patched.
+
+    Raises:
+        ConfigurationError: it has not.
+    """
+    missing = [name for name in names if name not in vars(owner)]
+    if missing:
+        raise ConfigurationError(
+            f"{package}: {owner.__name__} has no {missing!r} where Leyden attaches; "
+            f"versions known to work: {WORKING_VERSIONS}"
+        )
 
 
-def declaring(stream: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `stream` of a graph, which also declares its roles."""
+def entered(run_managers: Sequence[Any]) -> contextlib.AbstractContextManager[None]:
+    """Hold the frame of the first of some runs, which share one request."""
+    run = RUNS.get(run_managers[0].run_id) if run_managers else None
+    return run.entered() if run is not None else contextlib.nullcontext()
+
+
+def for_route(model: Any) -> Any:
+    """Return the model to call: the user's own, or for a routed role one that asks no cache."""
+    if not wire.is_routed(context.current() or Frame()):
+        return model
+    has_cache = model.cache is not False and (model.cache or get_llm_cache() is not None)
+    return model.model_copy(update={"cache": False}) if has_cache else model
+
+
+def running(stream: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `stream` of a graph, which in a rollout declares its roles, uses its own thread and no node cache."""
 
     @functools.wraps(stream)
-    def declare(graph: Any, *args: Any, **options: Any) -> Any:
+    def run(graph: Any, input: Any, config: Any = None, **options: Any) -> Any:
+        frame = context.current()
+        rollout = frame.rollout if frame else None
+        if rollout is not None:
+            rollout.declared_roles.update(roles_of(graph))
+            config = with_own_thread(graph, config, rollout)
+            if graph.cache is not None:
+                # A node that is answered from a cache asks no model, so an old policy's answer would stand for it.
+                graph = graph.copy({"cache": None})
+        return stream(graph, input, config, **options)
+
+    return run
+
+
+def on_own_thread(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of a graph's state, which in a rollout uses the rollout's own thread."""
+
+    @functools.wraps(method)
+    def call(graph: Any, config: Any, *args: Any, **options: Any) -> Any:
         frame = context.current()
         if frame is not None and frame.rollout is not None:
-            frame.rollout.declared_roles.update(roles_of(graph))
-        return stream(graph, *args, **options)
+            config = with_own_thread(graph, config, frame.rollout)
+        return method(graph, config, *args, **options)
 
-    return declare
+    return call
 
 
 _roles: weakref.WeakKeyDictionary[Any, frozenset[str]] = weakref.WeakKeyDictionary()

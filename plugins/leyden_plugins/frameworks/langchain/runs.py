@@ -9,144 +9,16 @@ This module imports nothing of LangChain.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import weakref
-from collections.abc import Iterator, Mapping
-from enum import StrEnum
+from collections.abc import Mapping
 from uuid import UUID
 
 from leyden import context, wire
-from leyden.context import Frame, OpenSpan, RolloutContext
-from leyden.spans import Kind, Status, now_ns
+from leyden.spans import Kind, Status
+from leyden_plugins.frameworks.langchain.run import GENERIC_NODES, Run, RunKind, is_name, never_asked
 
-ROLE_KEY = "leyden_role"
-"""Metadata key with which a user names the role of a runnable."""
-
-GENERIC_NODES = frozenset(
-    {
-        "model",
-        "agent",
-        "tools",
-        "call_model",
-        "llm",
-        "generate_structured_response",
-        "pre_model_hook",
-        "post_model_hook",
-    }
-)
-"""Nodes of ready-made agents; who speaks there is the agent."""
-
-UNNAMED_GRAPH = "LangGraph"
-"""The name of a graph that was compiled without one."""
-
-
-class RunKind(StrEnum):
-    """What a LangChain run turned out to be."""
-
-    CHAIN = "chain"
-    AGENT = "agent"
-    """A graph, or a named chain around a model call."""
-    NODE = "node"
-    TOOL = "tool"
-    MODEL = "model"
-
-
-class Run:
-    """One open LangChain run. It owns the frame that its start callback sets and its end callback cannot undo."""
-
-    __slots__ = (
-        "__weakref__",
-        "agent_name",
-        "children",
-        "is_closed",
-        "is_named",
-        "kind",
-        "name",
-        "named_role",
-        "namespace",
-        "outer",
-        "parent",
-        "parent_span_id",
-        "role",
-        "rollout",
-        "run_id",
-        "span",
-        "start_ns",
-    )
-
-    def __init__(
-        self, run_id: UUID, name: str, parent: Run | None, outer: Frame | None, metadata: Mapping[str, object]
-    ) -> None:
-        self.run_id = run_id
-        self.name = name
-        self.parent = parent
-        self.outer = outer
-        """The frame that held when this run started."""
-        self.kind = RunKind.CHAIN
-        self.is_named = False
-        self.is_closed = False
-        self.span: OpenSpan | None = None
-        self.children: set[Run] = set()
-        self.start_ns = now_ns()
-        self.namespace = str(metadata.get("langgraph_checkpoint_ns") or "")
-        self.agent_name = metadata.get("lc_agent_name")
-        """Inherited by everything below a `create_agent(name=...)`."""
-        self.rollout: RolloutContext | None
-        self.role: str
-        self.parent_span_id: str | None
-        if parent is not None and not self.is_in_inner_scope(parent, outer):
-            self.rollout, self.role, self.parent_span_id = parent.rollout, parent.role, parent.span_id
-        else:
-            frame = outer or Frame()
-            self.rollout, self.role, self.parent_span_id = frame.rollout, frame.role, frame.span_id
-        named_role = metadata.get(ROLE_KEY)
-        self.named_role = str(named_role) if named_role else None
-        """What the user named this run, or one around it: LangChain's metadata is inherited."""
-        self.role = self.named_role or self.role
-
-    @staticmethod
-    def is_in_inner_scope(parent: Run, outer: Frame | None) -> bool:
-        """Say whether the user opened a scope, such as `leyden.role`, inside `parent` and around this run."""
-        return outer is not None and outer.owner is None and outer is not parent.outer
-
-    @property
-    def span_id(self) -> str | None:
-        """Return the span that what starts inside this run has as its parent."""
-        return self.span.span_id if self.span else self.parent_span_id
-
-    def open(self, kind: Kind, name: str, attributes: Mapping[str, object]) -> None:
-        """Open this run's span, from the run's start; a deployed app records none."""
-        if self.rollout is None:
-            return
-        self.span = self.rollout.open(kind, name, self.role, self.parent_span_id)
-        self.span.start_ns = self.start_ns
-        self.span.attributes.update(attributes)
-
-    def frame(self) -> Frame:
-        """Return who calls inside this run."""
-        if self.kind is RunKind.MODEL:
-            return Frame(self.rollout, self.role, self.parent_span_id, self.span, owner=self, outer=self.outer)
-        return Frame(self.rollout, self.role, self.span_id, owner=self, outer=self.outer)
-
-    @contextlib.contextmanager
-    def entered(self) -> Iterator[None]:
-        """Hold this run's frame for the length of the block, unless it holds already."""
-        frame = context.current()
-        if frame is not None and frame.owner is self:
-            yield
-            return
-        token = context.enter(self.frame())
-        try:
-            yield
-        finally:
-            context.leave(token)
-
-    def ancestors(self) -> Iterator[Run]:
-        """Yield the runs around this one, nearest first."""
-        run = self.parent
-        while run is not None:
-            yield run
-            run = run.parent
+logger = logging.getLogger(__name__)
 
 
 class Runs:
@@ -157,6 +29,8 @@ class Runs:
         """Weak, because a cancelled model call never ends: its parent holds it, or the frame of its task."""
         self.roots: set[Run] = set()
         """Outermost runs other than model calls; these always report their end."""
+        self.are_hooked = False
+        """Whether the automatic form is installed, without which completion models are asked outside their frames."""
 
     def get(self, run_id: UUID | None) -> Run | None:
         """Return an open run."""
@@ -266,6 +140,22 @@ class Runs:
         for other in (run, *around[: around.index(chain)]):
             other.role, other.parent_span_id = chain.role, chain.span_id
 
+    def end_model(self, run: Run, attributes: Mapping[str, object]) -> None:
+        """Close a model call that was answered; when nobody on its route was asked, its rollout must not count."""
+        run.note_request()
+        if not run.has_asked:
+            # Runs that were started together may have told the wire each other's names.
+            for other in [reference() for reference in self.by_id.valuerefs()]:
+                if other is not None and run in other.around():
+                    other.note_request()
+        error = None if run.has_asked else never_asked(run)
+        if error is None or run.rollout is None:
+            self.end(run.run_id, Status.OK, None, attributes)
+            return
+        logger.error("%s", error)
+        run.rollout.infrastructure_error = error
+        self.end(run.run_id, Status.ERROR, str(error), attributes)
+
     def end(self, run_id: UUID, status: Status, error: str | None, attributes: Mapping[str, object]) -> None:
         """Close a run, and before it whatever is still open inside: a cancelled model call reports no end."""
         run = self.by_id.pop(run_id, None)
@@ -284,12 +174,9 @@ class Runs:
             self.close(child, left, f"still open when {run.name!r} ended", {})
         run.children.clear()
         run.is_closed = True
+        if run.kind is RunKind.MODEL:
+            run.note_request()
         if run.span is not None:
             if run.span.attributes.get("leyden.stream") == "interrupted" and status is Status.OK:
                 status, error = Status.INTERRUPTED, "the stream ended before its last event"
             run.span.close(status, error, **attributes)
-
-
-def is_name(name: str) -> bool:
-    """Say whether a chain run bears a name that somebody gave it, rather than its class's."""
-    return name != UNNAMED_GRAPH and not name.startswith("Runnable")

@@ -2,15 +2,17 @@
 
 One idea: `read` returns a `Question`, which holds what to generate and how this client wants to hear it. The
 trap: what a dialect cannot honour it refuses by name, because a field dropped in silence changes what is trained.
+A field that would change which tokens are sampled is refused; a hint (effort, verbosity, caching) is ignored.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from leyden.interfaces import Delta, GenerationRequest
+from leyden_plugins.gateway.memory import Memory
 from leyden_plugins.gateway.refusal import Refusal
 
 Decode = Callable[[Sequence[int]], str]
@@ -37,26 +39,37 @@ class ChoiceSoFar:
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
 
+    @property
+    def spoken(self) -> Mapping[str, object]:
+        """Return the choice as a chat message."""
+        message: dict[str, object] = {"role": "assistant", "content": "".join(self.text)}
+        return message | {"tool_calls": list(self.tool_calls)} if self.tool_calls else message
+
 
 @dataclass
 class Answer:
     """What the engine has answered so far."""
 
     answer_id: str
+    """Unique for its admission; a dialect puts its own prefix before it."""
     created_seconds: int
     prompt_token_ids: Sequence[int]
     choices: list[ChoiceSoFar]
 
     @property
+    def sampled(self) -> int:
+        """Return how many tokens were sampled."""
+        return sum(len(choice.token_ids) for choice in self.choices)
+
+    @property
     def usage(self) -> dict[str, int]:
         """Return OpenAI's token counts."""
-        sampled = sum(len(choice.token_ids) for choice in self.choices)
         prompt = len(self.prompt_token_ids)
-        return {"prompt_tokens": prompt, "completion_tokens": sampled, "total_tokens": prompt + sampled}
+        return {"prompt_tokens": prompt, "completion_tokens": self.sampled, "total_tokens": prompt + self.sampled}
 
 
 class Question(Protocol):
-    """One request in its dialect."""
+    """One request in its dialect. It may keep what it has said so far."""
 
     @property
     def request(self) -> GenerationRequest:
@@ -77,11 +90,15 @@ class Question(Protocol):
         ...
 
     def chunk(self, answer: Answer, delta: Delta) -> bytes:
-        """Spell one piece; empty when this client has nothing to hear of it."""
+        """Spell one piece, which `answer` holds already; empty when this client has nothing to hear of it."""
         ...
 
     def last(self, answer: Answer) -> bytes:
         """Spell what ends a stream."""
+        ...
+
+    def error_event(self, refusal: Refusal) -> bytes:
+        """Spell a failure within a stream that has begun, perhaps with no more than a comment."""
         ...
 
 
@@ -93,7 +110,17 @@ class Dialect(Protocol):
         """Where its requests go, below `/v1/`."""
         ...
 
-    def read(self, body: Mapping[str, object], *, decode: Decode | None) -> Question:
+    @property
+    def prompt_field(self) -> str:
+        """Its name for what the model reads."""
+        ...
+
+    @property
+    def format_field(self) -> str:
+        """Its name for the form that the answer must have."""
+        ...
+
+    def read(self, body: Mapping[str, object], *, decode: Decode | None, memory: Memory) -> Question:
         """Check a request. `decode` is `None` when the engine cannot spell single tokens.
 
         Raises:
@@ -105,6 +132,37 @@ class Dialect(Protocol):
         """Spell a refusal as JSON."""
         ...
 
-    def error_event(self, refusal: Refusal) -> bytes:
-        """Spell a failure within a stream that has begun."""
+
+@runtime_checkable
+class CountsTokens(Dialect, Protocol):
+    """A dialect whose clients may ask how long a prompt is."""
+
+    @property
+    def count_path(self) -> str:
+        """Where they ask, below the dialect's own path."""
+        ...
+
+    def read_prompt(self, body: Mapping[str, object], *, memory: Memory) -> GenerationRequest:
+        """Check a request for a count.
+
+        Raises:
+            Refusal: names the field that is wrong or not supported.
+        """
+        ...
+
+    def count(self, tokens: int) -> bytes:
+        """Spell the number."""
+        ...
+
+
+@runtime_checkable
+class Recalls(Dialect, Protocol):
+    """A dialect whose clients may ask for an answer again, below its own path."""
+
+    def recall(self, answer_id: str, *, memory: Memory) -> bytes:
+        """Spell an earlier answer.
+
+        Raises:
+            Refusal: no such answer was given to this caller, or it was not to be kept.
+        """
         ...

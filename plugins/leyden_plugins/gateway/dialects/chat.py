@@ -15,7 +15,11 @@ import msgspec
 from leyden.interfaces import Delta, GenerationRequest
 from leyden_plugins.gateway.dialects import Answer, Decode, Question, sampling
 from leyden_plugins.gateway.dialects.chat_fields import read_messages, read_tool_choice, read_tools
-from leyden_plugins.gateway.dialects.sampling import flag, read_sampling, wrong
+from leyden_plugins.gateway.dialects.fields import check_names, flag, mapping, string, wrong
+from leyden_plugins.gateway.dialects.formats import read_format
+from leyden_plugins.gateway.dialects.sampling import read_sampling
+from leyden_plugins.gateway.dialects.spelling import DONE, error_body, event, speller, token_logprobs
+from leyden_plugins.gateway.memory import Memory
 from leyden_plugins.gateway.refusal import Refusal
 
 READ = sampling.FIELDS | {
@@ -23,6 +27,7 @@ READ = sampling.FIELDS | {
     "messages",
     "tools",
     "tool_choice",
+    "response_format",
     "stream",
     "stream_options",
     "logprobs",
@@ -38,60 +43,42 @@ IGNORED = frozenset(
         "service_tier",
         "safety_identifier",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "parallel_tool_calls",
+        "prediction",
+        "reasoning_effort",
+        "verbosity",
     }
 )
-"""They say nothing about which tokens are sampled here."""
+"""They say nothing about which tokens are sampled here, or are hints for which this engine has no setting."""
 
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "response_format": ({"type": "text"},),
     "logit_bias": ({},),
     "modalities": (["text"],),
     "repetition_penalty": (1, 1.0),
+    "functions": ([],),
+    "function_call": ("none",),
 }
 """Fields that are not supported, with the values that mean nothing."""
-
-DONE = b"data: [DONE]\n\n"
-
-
-def event(value: object) -> bytes:
-    """Return one server-sent event."""
-    return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
 class ChatDialect:
     """Speaks `POST /v1/chat/completions`."""
 
     path = "chat/completions"
+    prompt_field = "messages"
+    format_field = "response_format"
 
-    def read(self, body: Mapping[str, object], *, decode: Decode | None) -> Question:
-        """Check a request.
+    def read(self, body: Mapping[str, object], *, decode: Decode | None, memory: Memory) -> Question:
+        """Check a request; `memory` is not used, because every request is whole.
 
         Raises:
             Refusal: names the field that is wrong or not supported.
         """
-        for name, value in body.items():
-            if name in READ or name in IGNORED or value is None or value in NEUTRAL.get(name, ()):
-                continue
-            raise Refusal(
-                400, f"{name!r} is not supported by this server; remove it", code="unsupported_field", param=name
-            )
-        model = body.get("model")
-        if not isinstance(model, str):
-            raise wrong("model", model, "a string")
+        check_names(body, READ | IGNORED, NEUTRAL)
+        model = string(body, "model")
         tools = read_tools(body.get("tools"))
-        options = body.get("stream_options")
-        if options is not None and not isinstance(options, dict):
-            raise wrong("stream_options", options, "an object")
-        wants_logprobs = flag(body, "logprobs")
-        if wants_logprobs and decode is None:
-            raise Refusal(
-                400,
-                "'logprobs' needs the text of single tokens, which this engine does not give; remove it",
-                code="unsupported_field",
-                param="logprobs",
-            )
         if body.get("top_logprobs"):
             raise wrong("top_logprobs", body["top_logprobs"], "0: only sampled tokens have log-probabilities here")
         return ChatQuestion(
@@ -100,34 +87,19 @@ class ChatDialect:
                 messages=read_messages(body.get("messages")),
                 tools=tools,
                 tool_choice=read_tool_choice(body.get("tool_choice"), tools),
+                response_format=read_format(body.get("response_format"), "response_format", nested="json_schema"),
                 sampling=read_sampling(body),
                 stream=flag(body, "stream"),
             ),
             stream=flag(body, "stream"),
-            wants_usage=flag(options or {}, "include_usage"),
+            wants_usage=flag(mapping(body, "stream_options"), "include_usage"),
             wants_token_ids=flag(body, "return_token_ids"),
-            decode=decode if wants_logprobs else None,
+            decode=speller(decode, "logprobs") if flag(body, "logprobs") else None,
         )
 
     def error(self, refusal: Refusal) -> bytes:
         """Spell a refusal as OpenAI does."""
         return msgspec.json.encode(error_body(refusal))
-
-    def error_event(self, refusal: Refusal) -> bytes:
-        """Spell a failure within a stream; OpenAI's clients raise it."""
-        return event(error_body(refusal))
-
-
-def error_body(refusal: Refusal) -> dict[str, object]:
-    """Return OpenAI's error object."""
-    return {
-        "error": {
-            "message": refusal.message,
-            "type": refusal.kind,
-            "param": refusal.param,
-            "code": refusal.code,
-        }
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +171,10 @@ class ChatQuestion:
         usage = self.head(answer, "chat.completion.chunk") | {"choices": [], "usage": answer.usage}
         return event(usage) + DONE
 
+    def error_event(self, refusal: Refusal) -> bytes:
+        """Spell a failure within a stream; OpenAI's clients raise it."""
+        return event(error_body(refusal))
+
     def chunk_body(
         self,
         answer: Answer,
@@ -218,7 +194,7 @@ class ChatQuestion:
     def head(self, answer: Answer, kind: str) -> dict[str, object]:
         """Return what every body begins with."""
         return {
-            "id": answer.answer_id,
+            "id": f"chatcmpl-{answer.answer_id}",
             "object": kind,
             "created": answer.created_seconds,
             "model": self.request.model,
@@ -228,8 +204,4 @@ class ChatQuestion:
         """Return OpenAI's log-probabilities of some tokens; `None` when they were not asked for."""
         if self.decode is None:
             return None
-        content: list[dict[str, object]] = []
-        for token_id, logprob in zip(token_ids, logprobs, strict=True):
-            text = self.decode([token_id])
-            content.append({"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []})
-        return {"content": content, "refusal": None}
+        return {"content": token_logprobs(token_ids, logprobs, self.decode), "refusal": None}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from leyden_plugins.gateway.dialects.sampling import wrong
-from leyden_plugins.gateway.refusal import Refusal
+from leyden_plugins.gateway.dialects.fields import unsupported, wrong
 
 ROLES = ("assistant", "developer", "system", "tool", "user")
 
-IGNORED = frozenset({"annotations", "parsed", "token_ids", "index"})
-"""Keys that clients send back with an assistant's message and that no model reads."""
+IGNORED = frozenset({"annotations", "parsed", "token_ids", "index", "cache_control", "cache_breakpoint", "refusal"})
+"""Keys that clients send with a message and that no model reads; a refusal is read as content."""
+
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+"""Type of a content part, in any protocol -> the key of its text."""
 
 TEXTS = ("name", "tool_call_id", "reasoning_content")
 """Keys that are passed on as they are; the chat template decides what it shows."""
@@ -36,7 +38,9 @@ def read_message(value: object, where: str) -> Mapping[str, object]:
         raise wrong(f"{where}.role", role, f"one of {', '.join(ROLES)}")
     message: dict[str, object] = {"role": "system" if role == "developer" else role}
     calls = read_tool_calls(value.get("tool_calls"), f"{where}.tool_calls")
-    message["content"] = read_content(value.get("content"), f"{where}.content", may_lack=role == "assistant")
+    content = read_content(value.get("content"), f"{where}.content", may_lack=role == "assistant")
+    refusal = value.get("refusal")
+    message["content"] = refusal if not content and isinstance(refusal, str) else content
     if calls:
         message["tool_calls"] = calls
     for key, item in value.items():
@@ -45,9 +49,7 @@ def read_message(value: object, where: str) -> Mapping[str, object]:
                 raise wrong(f"{where}.{key}", item, "a string")
             message[key] = item
         elif key not in ("role", "content", "tool_calls", *TEXTS, *IGNORED) and item:
-            raise Refusal(
-                400, f"{where}.{key} is not supported; remove it", code="unsupported_field", param=f"{where}.{key}"
-            )
+            raise unsupported(f"{where}.{key}")
     return message
 
 
@@ -63,12 +65,12 @@ def read_content(value: object, where: str, *, may_lack: bool) -> str:
         raise wrong(where, value, "a string or a list of text parts")
     texts: list[str] = []
     for index, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else part
+        kind = part.get("type") if isinstance(part, dict) else part
+        if not isinstance(kind, str) or kind not in TEXT_PARTS:
             raise wrong(f"{where}[{index}]", kind, "a part of type 'text'; this model reads text only")
-        text = part.get("text")
+        text = part.get(TEXT_PARTS[kind])
         if not isinstance(text, str):
-            raise wrong(f"{where}[{index}].text", text, "a string")
+            raise wrong(f"{where}[{index}].{TEXT_PARTS[kind]}", text, "a string")
         texts.append(text)
     return "\n".join(texts)
 
@@ -97,17 +99,45 @@ def read_tools(value: object) -> Sequence[Mapping[str, object]]:
     Raises:
         Refusal: a tool that is not a function, or has no name.
     """
+    tools: list[Mapping[str, object]] = []
+    for index, tool in enumerate(tool_list(value)):
+        function = tool.get("function")
+        if not isinstance(function, dict) or tool.get("type") != "function":
+            raise wrong(f"tools[{index}]", tool, "a tool of type 'function'")
+        tools.append(function_tool(function, f"tools[{index}].function"))
+    return tools
+
+
+def tool_list(value: object) -> Sequence[Mapping[str, object]]:
+    """Return a request's tools, not yet checked."""
     if value is None:
         return ()
     if not isinstance(value, list):
         raise wrong("tools", value, "a list of function tools")
     for index, tool in enumerate(value):
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or tool.get("type") != "function":
-            raise wrong(f"tools[{index}]", tool, "a tool of type 'function'")
-        if not isinstance(function.get("name"), str):
-            raise wrong(f"tools[{index}].function.name", function.get("name"), "a string")
+        if not isinstance(tool, dict):
+            raise wrong(f"tools[{index}]", tool, "an object")
     return value
+
+
+def function_tool(function: Mapping[str, object], where: str, *, schema: str = "parameters") -> Mapping[str, object]:
+    """Return a function in the one form that models are shown, whichever protocol described it.
+
+    `strict` and other instructions to a server are left out: a chat template would print them into the prompt.
+    """
+    name, description, parameters = (function.get(key) for key in ("name", "description", schema))
+    if not isinstance(name, str) or not name:
+        raise wrong(f"{where}.name", name, "a non-empty string")
+    if not isinstance(description, str | None):
+        raise wrong(f"{where}.description", description, "a string")
+    if not isinstance(parameters, dict | None):
+        raise wrong(f"{where}.{schema}", parameters, "an object, the JSON schema of the arguments")
+    shown: dict[str, object] = {"name": name}
+    if description is not None:
+        shown["description"] = description
+    if parameters is not None:
+        shown["parameters"] = parameters
+    return {"type": "function", "function": shown}
 
 
 def read_tool_choice(value: object, tools: Sequence[Mapping[str, object]]) -> str | Mapping[str, object]:
@@ -119,9 +149,13 @@ def read_tool_choice(value: object, tools: Sequence[Mapping[str, object]]) -> st
     if value == "required" and tools:
         return "required"
     if isinstance(value, dict) and isinstance(value.get("function"), dict):
-        named = value["function"].get("name")
-        for tool in tools:
-            function = tool["function"]
-            if isinstance(function, dict) and function["name"] == named:
-                return value
+        return named_choice(value["function"].get("name"), tools)
     raise wrong("tool_choice", value, "'auto', 'none', or with tools 'required' or one of them")
+
+
+def named_choice(name: object, tools: Sequence[Mapping[str, object]]) -> Mapping[str, object]:
+    """Return the choice of one tool by name."""
+    names = [tool["function"]["name"] for tool in tools if isinstance(tool["function"], dict)]
+    if name not in names:
+        raise wrong("tool_choice", name, f"one of the request's tools, {names!r}")
+    return {"type": "function", "function": {"name": name}}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.language_models.llms import BaseLLM
 from langchain_core.tracers import context as tracer_context
 from langchain_core.tracers.langchain import LangChainTracer
 from langchain_openai import ChatOpenAI
@@ -110,9 +111,12 @@ def test_both_forms_record_the_same_once_each_and_others_hear_what_they_heard(
     urls = (user_server.base_url, gateway.base_url)
     explicit = record(run, *urls, LeydenCallbackHandler())
     leyden.uninstrument()
-    leyden.instrument(["langchain"])
+    wire.install()
+    adapter = LangChainAdapter()
+    adapter.attach()
     automatic = record(run, *urls)
     both = record(run, *urls, LeydenCallbackHandler())
+    adapter.detach()
     leyden.uninstrument()
     nothing, heard_without = record(run, *urls)
     assert explicit[0] == automatic[0] == both[0]
@@ -125,18 +129,18 @@ def test_both_forms_record_the_same_once_each_and_others_hear_what_they_heard(
 def test_the_explicit_form_patches_no_class_of_the_framework_and_says_what_it_does(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    classes = (BaseChatModel, ChatOpenAI, Pregel)
+    classes = (BaseChatModel, BaseLLM, ChatOpenAI, Pregel)
     before = [dict(vars(each)) for each in classes]
     with caplog.at_level(logging.INFO, "leyden_plugins"):
         LeydenCallbackHandler()
         LeydenCallbackHandler()
     assert [dict(vars(each)) for each in classes] == before
     assert wire.is_installed()
-    assert caplog.text.count("installs Leyden's hook into httpx and httpx2") == 1
+    assert caplog.text.count("installs Leyden's hook into the HTTP clients") == 1
 
 
 def test_detach_restores_every_patched_function() -> None:
-    classes = (BaseChatModel, ChatOpenAI, Pregel)
+    classes = (BaseChatModel, BaseLLM, ChatOpenAI, Pregel)
     before = [dict(vars(each)) for each in classes]
     hooks = list(tracer_context._configure_hooks)
     adapter = LangChainAdapter()
@@ -150,7 +154,24 @@ def test_detach_restores_every_patched_function() -> None:
     assert tracer_context._configure_hooks == hooks
 
 
-def test_a_missing_hook_point_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(tracer_context, "_configure_hooks")
-    with pytest.raises(ConfigurationError, match=r"no '_configure_hooks' where Leyden attaches"):
-        leyden.instrument(["langchain"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (tracer_context, "_configure_hooks"),
+        (BaseChatModel, "_agenerate_with_cache"),
+        (BaseLLM, "generate"),
+        (Pregel, "bulk_update_state"),
+    ],
+    ids=["configure hook", "chat models", "completion models", "graphs"],
+)
+def test_a_missing_hook_point_is_named_and_nothing_stays_attached(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    monkeypatch.delattr(owner, name)
+    classes = (BaseChatModel, BaseLLM, Pregel)
+    before = [dict(vars(each)) for each in classes]
+    hooks = list(getattr(tracer_context, "_configure_hooks", []))
+    with pytest.raises(ConfigurationError, match=rf"{name}.* where Leyden attaches; versions known to work"):
+        LangChainAdapter().attach()
+    assert [dict(vars(each)) for each in classes] == before
+    assert getattr(tracer_context, "_configure_hooks", []) == hooks

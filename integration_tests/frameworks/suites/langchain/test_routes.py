@@ -1,4 +1,4 @@
-"""Routed roles: chat completions whatever the model prefers, no cached answers, prompts, deployment."""
+"""Routed roles: no cached answers, prompts, deployment."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from langchain_core.globals import set_llm_cache
 import leyden
 from integration_tests.langchain.apps import State, graph_of, model, said
 from integration_tests.langchain.conftest import Run
-from leyden.spans import Status
-from tests.capture.rollouts import Recorded, rollout, routing_to
+from tests.capture.rollouts import rollout, routing_to
 from tests.capture.servers import FakeOpenAI
 
 TASK: dict[str, Any] = {"task": "", "log": []}
@@ -29,46 +28,12 @@ async def invoke_sync(llm: Any) -> None:
     llm.invoke(said("node", "x"))
 
 
-async def stream(llm: Any) -> None:
-    async for _ in llm.astream(said("node", "x")):
-        pass
-
-
-async def stream_sync(llm: Any) -> None:
-    for _ in llm.stream(said("node", "x")):
-        pass
-
-
 def node_with(llm: Any, act: Any = invoke) -> Any:
     async def node(state: State) -> State:
         await act(llm)
         return {}
 
     return graph_of(node=node)
-
-
-@pytest.mark.parametrize("act", [invoke, invoke_sync, stream, stream_sync])
-@pytest.mark.parametrize(
-    "options",
-    [{"use_responses_api": True}, {"reasoning": {"effort": "low"}}, {"output_version": "responses/v1"}],
-    ids=["asked-for", "reasoning", "output-version"],
-)
-@pytest.mark.usefixtures("instrumented")
-def test_a_routed_model_of_the_responses_api_uses_chat_completions(
-    run: Run, gateway: FakeOpenAI, act: Any, options: dict[str, Any]
-) -> None:
-    llm = model("http://user.invalid/v1", max_retries=0, **options)
-
-    async def episode() -> Recorded:
-        with rollout(routing_to(gateway.base_url, "node")) as recorded:
-            await node_with(llm, act).ainvoke(TASK)
-        return recorded
-
-    recorded = run(episode())
-    assert [seen.path for seen in gateway.seen] == ["/v1/chat/completions"]
-    assert not set(gateway.seen[0].body) & {"reasoning", "input", "include"}
-    assert [call.status for call in recorded.calls] == [Status.OK]
-    assert llm._use_responses_api({}), "the user's own model is unchanged"
 
 
 @pytest.fixture
@@ -111,6 +76,7 @@ def test_a_roles_prompt_replaces_its_system_message_and_leaves_the_state_alone(
     assert seen.headers["authorization"] == "Bearer user-key"
 
 
+@pytest.mark.usefixtures("instrumented")
 def test_a_deployed_export_serves_the_nodes_of_a_running_app(
     run: Run, user_server: FakeOpenAI, gateway: FakeOpenAI, tmp_path: Path
 ) -> None:

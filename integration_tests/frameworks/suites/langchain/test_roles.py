@@ -246,7 +246,7 @@ def test_a_thread_of_the_nodes_own_loses_its_context_unless_threads_are_patched(
     assert isinstance(lost, LostContextError)
     assert f"{__file__}:" in str(lost) and "in call belongs to no known rollout" in str(lost)
     assert gateway.seen == user_server.seen == []
-    leyden.instrument(threads=True)
+    leyden.instrument([], threads=True)
     with rollout(routing_to(gateway.base_url, "node")) as recorded:
         graph_of(node=node).invoke({"task": "", "log": []})
     assert roles(recorded) == ["node"]

@@ -1,0 +1,18 @@
+"""What the roles of `apps/openai_agents.py` say."""
+
+from __future__ import annotations
+
+from integration_tests.frameworks.story import Ask, Say, text_of
+
+
+def answer(ask: Ask) -> Say:
+    """Say what comes next, by the conversation so far."""
+    if ask.role == "planner":
+        return Say(tool_calls=(("transfer_to_worker", {}),))
+    if ask.role == "critic":
+        is_second = "second draft" in text_of(ask.messages[-1])
+        return Say(text="APPROVE" if is_second else "REVISE the draft")
+    if not any("found" in text_of(message) for message in ask.messages if message.get("role") == "tool"):
+        return Say(tool_calls=(("search", {"query": "north"}), ("search", {"query": "south"})))
+    is_second = any("REVISE" in text_of(message) for message in ask.messages)
+    return Say(text="second draft" if is_second else "first draft")
