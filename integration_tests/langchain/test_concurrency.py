@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -63,8 +64,14 @@ async def consume(app: Any, mode: str, task: dict[str, Any]) -> None:
     elif mode == "messages":
         async for _ in app.astream(task, stream_mode=["messages", "updates"]):
             pass
-    else:
+    elif mode == "events":
         async for _ in app.astream_events(task, version="v2"):
+            pass
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is beta
+            events = await app.astream_events(task, version="v3")
+        async for _ in events:
             pass
 
 
@@ -85,8 +92,9 @@ async def run_many(app: Any, mode: str, base_url: str, count: int) -> dict[str, 
         ("invoke", {"streaming": True}, EPISODES),
         ("messages", {}, EPISODES),
         ("events", {}, 10),
+        ("v3", {}, 10),
     ],
-    ids=["invoke", "streaming-model", "astream", "astream_events"],
+    ids=["invoke", "streaming-model", "astream", "astream_events", "astream_events-v3"],
 )
 def test_async_episodes_are_told_apart(
     run: Run, user_server: FakeOpenAI, gateway: FakeOpenAI, mode: str, options: dict[str, Any], count: int

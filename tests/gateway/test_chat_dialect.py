@@ -212,6 +212,7 @@ def test_a_refusal_of_the_assistant_is_what_it_said() -> None:
 def test_hints_of_other_protocols_in_a_message_are_passed_over() -> None:
     part = {"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}
     message = {"role": "user", "content": [part], "cache_control": {"type": "ephemeral"}}
+    message |= {"provider_specific_fields": {"refusal": None}}  # LiteLLM sends an answer back with them
     assert read(ask() | {"messages": [message]}).request.messages == [{"role": "user", "content": "x"}]
 
 

@@ -151,6 +151,7 @@ def test_hints_and_labels_are_accepted() -> None:
         metadata={"user_id": "u"},
         service_tier="auto",
         thinking={"type": "disabled"},
+        context_management={"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
         cache_control={"type": "ephemeral"},
         output_config={"effort": "low"},
         mcp_servers=[],

@@ -138,6 +138,7 @@ def test_hints_and_labels_are_accepted() -> None:
     body = ask(
         user="u",
         metadata={"a": "b"},
+        client_metadata={"session_id": "s"},
         service_tier="auto",
         truncation="disabled",
         background=False,

@@ -133,15 +133,17 @@ class ModelCall:
             # The observer of a stream reads the bytes as they come.
             "accept-encoding": "identity",
         }
-        named = {}
+        if self.rollout is None:
+            return headers
+        named = {
+            "rollout": self.rollout.rollout_id,
+            "attempt": str(self.rollout.attempt),
+            "role": self.role,
+        }
         model = self.body.get("model")
         if isinstance(model, str):
-            # Frameworks compare the answer's model with the one that they asked for.
+            # The answer names it too: frameworks compare it with what they asked for.
             named["model"] = model
-        if self.rollout is not None:
-            named["rollout"] = self.rollout.rollout_id
-            named["attempt"] = str(self.rollout.attempt)
-            named["role"] = self.role
         if self.span is not None:
             named["span"] = self.span.span_id
             named["parent"] = self.span.parent_id or ""

@@ -8,7 +8,18 @@ from leyden_plugins.gateway.dialects.fields import unsupported, wrong
 
 ROLES = ("assistant", "developer", "system", "tool", "user")
 
-IGNORED = frozenset({"annotations", "parsed", "token_ids", "index", "cache_control", "cache_breakpoint", "refusal"})
+IGNORED = frozenset(
+    {
+        "annotations",
+        "parsed",
+        "token_ids",
+        "index",
+        "cache_control",
+        "cache_breakpoint",
+        "refusal",
+        "provider_specific_fields",
+    }
+)
 """Keys that clients send with a message and that no model reads; a refusal is read as content."""
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
