@@ -18,7 +18,7 @@ from leyden.running.attempts import run_attempt
 from leyden.spans import Kind, Mode, Record, Span, Status
 from leyden_plugins.algorithms.rl import GRPO
 from tests.capture.rollouts import routing_to
-from tests.running.small import CountingLearner, SmallEngine
+from tests.running.small import CountingLearner, Notes, SmallEngine
 
 GATEWAY = "http://127.0.0.1:9/v1"
 
@@ -48,7 +48,7 @@ def attempt(
 SHOW = """
 import json, os
 names = ["LEYDEN_TASK", "LEYDEN_ROLLOUT_ID", "OPENAI_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL",
-         "ANTHROPIC_API_KEY", "LEYDEN_BASE_URL_THE_CRITIC", "LEYDEN_API_KEY_THE_CRITIC", "MORE", "HOME"]
+         "ANTHROPIC_API_KEY", "NO_PROXY", "LEYDEN_BASE_URL_THE_CRITIC", "LEYDEN_API_KEY_THE_CRITIC", "MORE", "HOME"]
 seen = {name: os.environ.get(name) for name in names}
 seen["file"] = json.load(open(os.environ["LEYDEN_TASK_FILE"]))
 seen["folder"] = os.getcwd()
@@ -67,7 +67,10 @@ def shown(tmp_path: Path, *, routed: str, **options: object) -> dict[str, object
     return dict(json.loads(seen.read_text()))
 
 
-def test_a_program_finds_its_task_and_its_model_where_every_client_looks(tmp_path: Path) -> None:
+def test_a_program_finds_its_task_and_its_model_where_every_client_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "intranet")
     seen = shown(tmp_path, routed="main", folder=tmp_path)
     assert json.loads(str(seen["LEYDEN_TASK"])) == seen["file"] == {"question": "who?"}
     assert seen["LEYDEN_ROLLOUT_ID"] == "r1"
@@ -75,6 +78,7 @@ def test_a_program_finds_its_task_and_its_model_where_every_client_looks(tmp_pat
     assert seen["ANTHROPIC_BASE_URL"] == "http://127.0.0.1:9/rollout/r1/role/main"
     assert re.fullmatch("gateway-token:main:[0-9a-f]{16}", str(seen["OPENAI_API_KEY"]))
     assert seen["ANTHROPIC_API_KEY"] == seen["OPENAI_API_KEY"]
+    assert seen["NO_PROXY"] == "intranet,127.0.0.1"
     assert (seen["MORE"], seen["HOME"], seen["folder"]) == ("yes", os.environ.get("HOME"), str(tmp_path))
 
 
@@ -240,7 +244,7 @@ print(float(json.load(urllib.request.urlopen(request))["choices"][0]["message"][
 
 
 def test_a_program_is_trained_by_its_calls_to_the_gateway(tmp_path: Path) -> None:
-    learner = CountingLearner()
+    learner, notes = CountingLearner(), Notes()
     trainer = leyden.Trainer(
         leyden.Command(program(tmp_path, ASK)),
         tasks=["one", "two"],
@@ -250,10 +254,11 @@ def test_a_program_is_trained_by_its_calls_to_the_gateway(tmp_path: Path) -> Non
         algorithm=GRPO(group_size=2),
         tasks_per_step=2,
         run=tmp_path / "run",
-        sinks=[],
+        sinks=[notes],
     )
     with trainer:
         trainer.fit(1)
+    assert "roles seen (model calls): main 2" in notes.lines
     assert learner.steps == {"p": 1}
     assert sum(sum(row.mask) for _, row in learner.rows) == 8, "two tokens ('0' or '1', and the end) of four rollouts"
     assert "agent.py" in json.loads((tmp_path / "run" / "run.json").read_text())["agent"]

@@ -151,6 +151,9 @@ class Command:
         if main is not None:
             variables |= {"OPENAI_BASE_URL": main.base_url, "OPENAI_API_KEY": main.api_key}
             variables |= {"ANTHROPIC_BASE_URL": main.anthropic_base_url, "ANTHROPIC_API_KEY": main.api_key}
+            # A proxy of the user's must not be asked for this machine.
+            direct = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1"]))
+            variables |= {"NO_PROXY": direct, "no_proxy": direct}
         if len(text.encode()) <= ENVIRONMENT_BYTES:
             variables["LEYDEN_TASK"] = text
         if self.reward == "file":

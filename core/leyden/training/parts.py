@@ -18,6 +18,7 @@ from leyden.running.command import Command
 from leyden.running.executors import InProcessExecutor
 from leyden.running.rollouts import RolloutRules, RolloutRunner
 from leyden.running.workers import WorkerExecutor
+from leyden.spans import Kind, Record, Span
 from leyden.sqlite import SQLiteStore
 from leyden.training.measuring import Meter
 
@@ -66,7 +67,14 @@ async def opened(blueprint: Blueprint, store_path: Path) -> AsyncIterator[Parts]
         stack.callback(learner.close)
         meter = Meter(store)
         gateway: Gateway = blueprint.plugins.get("gateway", "http")()
-        await gateway.start(engine, meter.record)
+
+        async def heard(records: Sequence[Record]) -> None:
+            await meter.record(records)
+            # The gateway writes the spans of calls that no wire has seen: of programs, in whatever language.
+            calls = [one for one in records if isinstance(one, Span) and one.kind is Kind.MODEL_CALL]
+            runner.tally.spoken.update(call.role for call in calls)
+
+        await gateway.start(engine, heard)
         stack.push_async_callback(gateway.stop)
         executor = choose_executor(blueprint)
         await executor.start(meter.record)

@@ -1,9 +1,10 @@
-"""Teams, which AgentScope has from 2.0.9 on."""
+"""Teams and SOPs, which AgentScope has from 2.0.9 on."""
 
 from __future__ import annotations
 
 import pytest
 from agentscope.pipeline import TeamMember, TeamPipeline
+from agentscope.sop import SOP, SOPEngine, SOPStep
 
 from integration_tests.frameworks.story import Say
 from integration_tests.frameworks.suites.agentscope.agents import agent, calling, said, tree
@@ -47,3 +48,28 @@ def test_the_leader_of_a_team_hands_over_to_members_who_are_declared_before_they
     assert [span.attributes["leyden.handoff.to"] for span in recorded.spans(Kind.HANDOFF)] == ["coder", "tester"]
     assert recorded.context.declared_roles == {"lead", "coder", "tester", "idler"}
     assert sorted(gateway.roles) == ["coder", "tester"]
+
+
+def test_the_agents_of_a_sop_are_roles_and_declared_before_they_speak(run: Run, user: Endpoint) -> None:
+    user.script = lambda ask: Say(
+        tool_calls=(
+            (
+                "GenerateStructuredOutput",
+                {"handover": "done"} if ask.role != "judge" else {"passed": True, "message": ""},
+            ),
+        )
+    )
+
+    async def episode() -> Recorded:
+        cook, waiter, judge = (agent(name, user.base_url) for name in ("cook", "waiter", "judge"))
+        steps = [SOPStep("cook", "cook it", cook, judge), SOPStep("serve", "serve it", waiter)]
+        with rollout() as recorded:
+            events = SOPEngine(SOP("dinner", steps)).reply_stream(said())
+            await anext(events)
+            assert recorded.context.declared_roles == {"cook", "waiter", "judge"}
+            async for _ in events:
+                pass
+        return recorded
+
+    agents = [line for line in tree(run(episode())) if line.startswith("agent")]
+    assert agents == [f"agent {name} {name} ok < rollout" for name in ("cook", "judge", "waiter")]

@@ -259,7 +259,7 @@ def call_of(agent: Any, call_id: str) -> Any:
     """Return an agent's latest tool call with this id, `None` without one."""
     for message in reversed(agent.state.context):
         for block in message.content:
-            if block.type == "tool_call" and block.id == call_id:
+            if getattr(block, "type", None) == "tool_call" and block.id == call_id:
                 return block
     return None
 
