@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,13 @@ def overhead(
     framework: str, python: Path, control: str, *, options: Sequence[str] = ()
 ) -> Mapping[str, Mapping[str, float]]:
     """Return what a framework's calls cost in each mode."""
-    command = [str(python), "-m", "integration_tests.frameworks.overhead", framework, "--control", control, *options]
-    printed = run_in(command, timeout_seconds=OVERHEAD_SECONDS)
-    found: Mapping[str, Mapping[str, float]] = json.loads(printed.splitlines()[-1])
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "cost.json"
+        command = [str(python), "-m", "integration_tests.frameworks.overhead", framework]
+        command += ["--control", control, "--out", str(out), *options]
+        run_in(command, timeout_seconds=OVERHEAD_SECONDS)
+        found: Mapping[str, Mapping[str, float]] = json.loads(out.read_text())
+        return found
 
 
 def large_rows(python: Path, control: str, version: str) -> list[dict[str, Any]]:

@@ -117,18 +117,23 @@ async def advancing(items: AsyncIterator[Item], activity: Activity) -> AsyncGene
                     break
             yield item
     except BaseException as error:
-        with activity.entered():
-            await close_items(items)
-        activity.fail(error)
+        try:
+            with activity.entered():
+                await close_items(items)
+        finally:
+            activity.fail(error)
         raise
     activity.close()
 
 
 async def close_items(items: AsyncIterator[object]) -> None:
-    """Close an async iterator that can be closed."""
+    """Close an async iterator that can be closed; what that raises must not hide why it is closed."""
     close = getattr(items, "aclose", None)
-    if close is not None:
-        await close()
+    try:
+        if close is not None:
+            await close()
+    except Exception:
+        logger.exception("a stream could not be closed")
 
 
 def stepping(items: Iterator[Item], activity: Activity) -> Generator[Item, None, None]:
@@ -144,8 +149,11 @@ def stepping(items: Iterator[Item], activity: Activity) -> Generator[Item, None,
     except BaseException as error:
         with activity.entered():
             close = getattr(items, "close", None)
-            if close is not None:
-                close()
+            try:
+                if close is not None:
+                    close()
+            except Exception:
+                logger.exception("a stream could not be closed")
         activity.fail(error)
         raise
     activity.close()
@@ -173,7 +181,8 @@ class Exclusive:
     """Agents with a memory of their own: one that serves two rollouts at once would mix them."""
 
     def __init__(self) -> None:
-        self._users: weakref.WeakKeyDictionary[object, list[RolloutContext]] = weakref.WeakKeyDictionary()
+        self._users: dict[int, list[RolloutContext]] = {}
+        """By identity: agents may be equal, or have no hash."""
         self._lock = threading.Lock()
 
     def take(self, agent: object, name: str) -> Callable[[], None]:
@@ -187,7 +196,9 @@ class Exclusive:
         if rollout is None:
             return lambda: None
         with self._lock:
-            users = self._users.setdefault(agent, [])
+            if id(agent) not in self._users:
+                weakref.finalize(agent, self._users.pop, id(agent), None).atexit = False
+            users = self._users.setdefault(id(agent), [])
             users[:] = [user for user in users if not user.is_closed]
             other = next((user for user in users if user is not rollout and not user.is_closed), None)
             if other is None:

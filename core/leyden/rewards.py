@@ -6,6 +6,7 @@ One trap: `None` and `NO_REWARD` are not 0. A rollout without a reward leaves th
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Final
 
@@ -44,10 +45,11 @@ def checked(value: object, *, where: str) -> float:
     Raises:
         RewardError: not a finite int, float or bool; names `where`.
     """
-    if isinstance(value, bool | int | float) and math.isfinite(value):
+    # Compared, because `math.isfinite` fails for integers that no float holds.
+    if isinstance(value, bool | int | float) and abs(value) <= sys.float_info.max:
         return float(value)
     raise RewardError(
-        f"{where}: a reward is a finite float, int or bool (or a dict of named ones), got {value!r} "
+        f"{where}: a reward is a finite float, int or bool (or a dict of named ones), got {value!r:.200} "
         f"of type {type(value).__name__}"
     )
 

@@ -1,6 +1,6 @@
 """Measure what Leyden costs a framework's process for each model call.
 
-    python -m integration_tests.frameworks.overhead langchain --control http://127.0.0.1:PORT
+    python -m integration_tests.frameworks.overhead langchain --control http://127.0.0.1:PORT --out FILE
 
 One idea: the same episodes run again and again in one process, without Leyden and with it, so that each difference
 is between neighbours in time; the median of them is the cost. Only the CPU time of this process counts: the server,
@@ -20,6 +20,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import leyden
@@ -40,10 +41,11 @@ USER_MODEL, USER_KEY = "user-model", "user-key"
 
 
 def main() -> None:
-    """Print one JSON object: mode -> milliseconds of CPU a call."""
+    """Write one JSON object: mode -> milliseconds of CPU a call. Frameworks print things of their own."""
     parser = argparse.ArgumentParser(description="Measure what Leyden costs a framework's process.")
     parser.add_argument("framework", choices=sorted(DISTRIBUTIONS))
     parser.add_argument("--control", required=True, help="where the server listens")
+    parser.add_argument("--out", type=Path, required=True, help="the file to write")
     parser.add_argument("--modes", nargs="*", help="all that the framework has, without")
     parser.add_argument("--tokens", type=int, default=ANSWER_TOKENS, help="length of every answer")
     parser.add_argument("--pairs", type=int, default=PAIRS, help="how often both ways are measured")
@@ -57,7 +59,7 @@ def main() -> None:
         with ThreadPoolExecutor(1) as pool:
             bench = Bench(options.framework, app, mode, url)
             found[mode] = pool.submit(bench.measure, options.pairs).result()
-    print(json.dumps(found))
+    options.out.write_text(json.dumps(found))
 
 
 class Bench:

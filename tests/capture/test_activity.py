@@ -1,8 +1,10 @@
 """What adapters record with: activities, generators that are advanced, agents that serve one rollout at a time."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 
 import pytest
 
@@ -184,8 +186,41 @@ def test_an_observer_that_fails_is_logged_and_breaks_nothing(caplog: pytest.LogC
     assert "an event could not be recorded" in caplog.text
 
 
+@dataclass
 class Team:
-    """An agent with a memory."""
+    """An agent with a memory; any two are equal, and none has a hash."""
+
+
+def test_agents_are_told_apart_by_identity_and_forgotten_with_it() -> None:
+    exclusive, one, other = Exclusive(), Team(), Team()
+    with rollout(rollout_id="r1"):
+        exclusive.take(one, "one")
+        with rollout(rollout_id="r2"):
+            exclusive.take(other, "other")
+    del one, other
+    gc.collect()
+    assert exclusive._users == {}
+
+
+def test_what_closing_a_stream_raises_does_not_hide_why_it_was_closed(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken:
+        def __aiter__(self) -> "Broken":
+            return self
+
+        async def __anext__(self) -> int:
+            raise ValueError("the reason")
+
+        async def aclose(self) -> None:
+            raise OSError("on closing")
+
+    async def consume() -> None:
+        async for _ in advancing(Broken(), agent("writer")):
+            pass
+
+    with rollout() as recorded, pytest.raises(ValueError, match="the reason"):
+        asyncio.run(consume())
+    assert span_of(recorded, "writer").error == "ValueError: the reason"
+    assert "a stream could not be closed" in caplog.text
 
 
 def test_two_rollouts_cannot_use_one_agent_at_once() -> None:

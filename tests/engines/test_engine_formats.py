@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from random import Random
+from typing import ClassVar
 
 import pytest
+import torch
 
 from leyden.errors import ConfigurationError
 from leyden.interfaces import GenerationRequest, SamplingParameters
+from leyden_plugins.engines.transformers.sampling import Sampled, Sampler
 from tests.engines.asking import ask, assert_logprobs, collect, reference, running
 from tests.tiny import END, HERMES_TEMPLATE, PLAIN_TEMPLATE, tiny_checkpoint
 
@@ -126,3 +130,23 @@ async def test_a_forced_tool_that_is_not_there_is_refused(qwen: Path) -> None:
     async with running(qwen) as engine:
         with pytest.raises(ConfigurationError, match="names no tool of this request"):
             await engine.generate(wanted(tools=TOOLS[1:], tool_choice=choice))
+
+
+def test_tokens_that_are_almost_impossible_are_sampled_where_the_grammar_allows_no_other() -> None:
+    class Only:
+        is_complete = False
+        taken: ClassVar[list[int]] = []
+
+        def mask(self, logits_V: torch.Tensor) -> None:
+            logits_V[torch.arange(len(logits_V)) != 3] = -torch.inf
+
+        def take(self, token: int) -> None:
+            self.taken.append(token)
+
+    sampling = SamplingParameters(temperature=0.05)
+    row = Sampled(sampling=sampling, random=Random(0), token_ids=[], constraint=Only())  # type: ignore[arg-type]
+    logits = torch.zeros(1, 10)
+    logits[0, 5] = 40.0
+    chosen = Sampler([row], torch.device("cpu")).choose(logits)
+    assert (int(chosen.tokens_B[0]), Only.taken) == (3, [3])
+    assert float(chosen.logprobs_B[0]) == pytest.approx(-800, rel=1e-3)

@@ -15,6 +15,7 @@ import leyden
 from leyden.errors import CommandError, ConfigurationError, RewardError
 from leyden.interfaces import AttemptResult, RolloutSpec
 from leyden.running.attempts import run_attempt
+from leyden.running.workers import WorkerExecutor
 from leyden.spans import Kind, Mode, Record, Span, Status
 from leyden_plugins.algorithms.rl import GRPO
 from tests.capture.rollouts import routing_to
@@ -133,7 +134,7 @@ def test_wrong_posts_are_answered_with_what_is_wrong(tmp_path: Path) -> None:
     source = """
     import json, os, urllib.error, urllib.request
     answers = []
-    for body in (b"1", b"2", b'"high"', b"{}", b"nonsense", b"NaN"):
+    for body in (b"1", b"2", b'"high"', b"{}", b"nonsense", b"NaN", b"[" * 60000, b"9" * 400):
         try:
             urllib.request.urlopen(os.environ["LEYDEN_REWARD_URL"], data=body)
             answers.append("ok")
@@ -151,6 +152,8 @@ def test_wrong_posts_are_answered_with_what_is_wrong(tmp_path: Path) -> None:
         "an empty object holds no reward",
         'the body must be JSON: a number such as 0.5, or an object such as {"reward": 0.5}',
         "reward 'reward' must be a finite number, got nan",
+        'the body must be JSON: a number such as 0.5, or an object such as {"reward": 0.5}',
+        f"reward 'reward' must be a finite number, got {'9' * 100}",
     ]
 
 
@@ -199,6 +202,58 @@ def ended(pid: int) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+STUBBORN = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(os.environ["SHOW"], "w").write(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+def test_a_second_cancellation_leaves_no_program_behind(tmp_path: Path) -> None:
+    seen = tmp_path / "pid"
+    command = leyden.Command(program(tmp_path, STUBBORN), environment={"SHOW": str(seen)})
+
+    async def cancelled_twice() -> None:
+        job = asyncio.ensure_future(command("task"))
+        while not seen.exists() or not seen.read_text():
+            await asyncio.sleep(0.05)
+        job.cancel()
+        await asyncio.sleep(0.2)
+        job.cancel()
+        await asyncio.wait({job}, timeout=5)
+
+    asyncio.run(cancelled_twice())
+    assert ended(int(seen.read_text()))
+
+
+def test_a_worker_that_stops_ends_the_programs_of_its_agents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = program(tmp_path, STUBBORN)
+    (tmp_path / "command_agents.py").write_text(
+        f"import leyden\ncommand = leyden.Command({argv!r})\nasync def agent(task):\n    return await command(task)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    seen = tmp_path / "pid"
+    monkeypatch.setenv("SHOW", str(seen))
+
+    async def stop_midway() -> None:
+        async def sink(records: object) -> None: ...
+
+        executor = WorkerExecutor("command_agents:agent")
+        await executor.start(sink)
+        spec = RolloutSpec(
+            rollout_id="r1", attempt=1, task=1, mode=Mode.TRAIN, timeout_seconds=60, routing=routing_to(GATEWAY, "main")
+        )
+        job = asyncio.ensure_future(executor.run(spec))
+        while not seen.exists() or not seen.read_text():
+            await asyncio.sleep(0.05)
+        await executor.stop()
+        job.cancel()
+
+    asyncio.run(stop_midway())
+    assert ended(int(seen.read_text()))
 
 
 def test_children_that_a_program_leaves_behind_end_with_it(tmp_path: Path) -> None:

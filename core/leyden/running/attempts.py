@@ -83,7 +83,7 @@ async def run_attempt(
             return _timed_out(spec, context)
         return job.result()
     except asyncio.CancelledError:
-        job.cancel()
+        await _cancel(job)
         raise
     finally:
         context.close()

@@ -40,8 +40,8 @@ SHOWN = 2000
 
 REWARD_FILE = "reward.json"
 
-GRACE_SECONDS = 2.0
-"""How long a program that was told to end may take before it is killed."""
+GRACE_SECONDS = 1.0
+"""How long a program that was told to end may take before it is killed; less than a cancelled agent has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,7 @@ class Command:
             return ended.stdout
 
     def _variables(self, task: object, place: Path) -> dict[str, str]:
-        text = json.dumps(task, ensure_ascii=False)
+        text = json.dumps(task)
         (place / "task.json").write_text(text)
         variables = {"LEYDEN_TASK_FILE": str(place / "task.json")}
         frame = context.current()
@@ -154,7 +154,7 @@ class Command:
             # A proxy of the user's must not be asked for this machine.
             direct = ",".join(filter(None, [os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), "127.0.0.1"]))
             variables |= {"NO_PROXY": direct, "no_proxy": direct}
-        if len(text.encode()) <= ENVIRONMENT_BYTES:
+        if len(text) <= ENVIRONMENT_BYTES:
             variables["LEYDEN_TASK"] = text
         if self.reward == "file":
             variables["LEYDEN_REWARD_FILE"] = str(place / REWARD_FILE)
@@ -206,10 +206,12 @@ async def run(
 async def end(process: asyncio.subprocess.Process) -> None:
     """End a program and what it has started: first politely, then not."""
     end_group(process.pid, signal.SIGTERM)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(GRACE_SECONDS):
-            await process.wait()
-    end_group(process.pid, signal.SIGKILL)
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_SECONDS):
+                await process.wait()
+    finally:  # also when a second cancellation does not wait
+        end_group(process.pid, signal.SIGKILL)
     await process.wait()
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
 import secrets
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from leyden.rewards import DEFAULT_REWARD
+
+LARGEST = sys.float_info.max
 
 BODY_BYTES = 1 << 16
 """The longest body that is read."""
@@ -38,8 +40,8 @@ class Mail:
         named = value if isinstance(value, dict) else {DEFAULT_REWARD: value}
         numbers: dict[str, float] = {}
         for name, number in named.items():
-            if not isinstance(number, (int, float)) or not math.isfinite(number):
-                return f"reward {name!r} must be a finite number, got {number!r}"
+            if not isinstance(number, (int, float)) or not -LARGEST <= number <= LARGEST:
+                return f"reward {name!r} must be a finite number, got {number!r:.100}"
             numbers[name] = float(number)
         with self._lock:
             twice = sorted(self._values.keys() & numbers.keys())
@@ -57,6 +59,8 @@ class Inbox:
         inbox = self
 
         class Handler(BaseHTTPRequestHandler):
+            timeout = 10
+
             def do_POST(self) -> None:
                 status, text = inbox.take(self)
                 body = json.dumps({"ok": True} if status == 200 else {"error": text}).encode()
@@ -94,11 +98,11 @@ class Inbox:
         if mail is None:
             return 404, "no rollout takes rewards at this address (any more)"
         length = request.headers.get("content-length", "")
-        if not length.isdigit() or int(length) > BODY_BYTES:
+        if not (length.isascii() and length.isdigit()) or int(length) > BODY_BYTES:
             return 400, f"send a body of at most {BODY_BYTES} bytes with its content-length"
         try:
             value = json.loads(request.rfile.read(int(length)))
-        except ValueError:
+        except (ValueError, RecursionError):
             return 400, 'the body must be JSON: a number such as 0.5, or an object such as {"reward": 0.5}'
         error = mail.put(value)
         return (200, "") if error is None else (400, error)

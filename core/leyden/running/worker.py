@@ -36,6 +36,10 @@ FLUSH_SECONDS = 0.02
 """Records and results are gathered this long and cross the pipe in one message."""
 
 
+STOP_SECONDS = 4.0
+"""How long cancelled attempts may take when the worker stops."""
+
+
 class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker needs to know at start."""
 
@@ -113,6 +117,8 @@ class _Worker:
         await self._stopped.wait()
         for job in self._jobs:
             job.cancel()
+        if self._jobs:  # programs that agents have started need a moment to be ended
+            await asyncio.wait(self._jobs, timeout=STOP_SECONDS)
         self._flush()
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from leyden.errors import ConfigurationError
+from leyden.errors import ConfigurationError, EngineError
 from leyden.extras import extra
 from leyden.interfaces import GenerationRequest
 
@@ -54,8 +54,13 @@ class Constraint:
         return bool(self._matcher.is_stopped())
 
     def take(self, token: int) -> None:
-        """Go on by one token that the mask allowed."""
-        self._matcher.consume_token(token)
+        """Go on by one token.
+
+        Raises:
+            EngineError: the grammar does not allow it.
+        """
+        if not self._matcher.consume_token(token):
+            raise EngineError(f"token {token!r} leaves the grammar of its answer: {self._matcher.get_error()}")
 
 
 class Grammars:

@@ -102,7 +102,8 @@ class Sampler:
         masked = logprobs_B_V.clone()
         for index, constraint in self.constrained:
             constraint.mask(masked[index])
-        return masked
+        # Normalised again: what is left may be so unlikely that its exponential is 0.
+        return torch.log_softmax(masked, -1)
 
     def given(self) -> list[int]:
         """Return the next token of each row whose answer is given."""
