@@ -210,16 +210,21 @@ def active_routing() -> Routing | None:
         return next((rollout.routing for rollout in _active if rollout.routing is not None), None)
 
 
-def active_rollout(rollout_id: str) -> RolloutContext | None:
-    """Return the rollout of that name that runs in this process."""
-    with _active_lock:
-        return next((rollout for rollout in _active if rollout.rollout_id == rollout_id), None)
+def active_rollout(rollout_id: str, attempt: str | None = None) -> RolloutContext | None:
+    """Return the rollout of that name that runs in this process; a given `attempt` must be its own."""
+    return _running(lambda rollout: rollout.rollout_id == rollout_id, attempt)
 
 
-def rollout_with_token(token: str) -> RolloutContext | None:
-    """Return the rollout that runs in this process and whose key at the gateway is `token`."""
+def rollout_with_token(token: str, attempt: str | None = None) -> RolloutContext | None:
+    """Return the rollout that runs in this process and whose key at the gateway is `token`; likewise."""
+    return _running(lambda rollout: rollout.routing is not None and rollout.routing.token == token, attempt)
+
+
+def _running(is_meant: Callable[[RolloutContext], bool], attempt: str | None) -> RolloutContext | None:
+    """Return the rollout that is meant; one that is closed may linger beside its next attempt."""
     with _active_lock:
-        return next((rollout for rollout in _active if rollout.routing and rollout.routing.token == token), None)
+        running = [rollout for rollout in _active if not rollout.is_closed and is_meant(rollout)]
+    return next((rollout for rollout in running if attempt in (None, str(rollout.attempt))), None)
 
 
 @contextlib.contextmanager

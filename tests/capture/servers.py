@@ -43,6 +43,9 @@ class Seen:
     body: dict[str, Any]
 
     method: str = "POST"
+    query: str = ""
+    port: int = 0
+    """Of the client's end of the connection."""
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -77,7 +80,8 @@ class FakeOpenAI:
         self.seen: list[Seen] = []
         self.failures: Counter[str] = Counter()
         self.held = 0
-        """How many requests to answer with 503 and `Retry-After`."""
+        """How many requests to answer with `held_status` and `Retry-After`."""
+        self.held_status = 503
         self.go_on = threading.Event()
         """Lets a stream with the marker `gated` go on after its first word."""
         self.base_url = ""
@@ -86,15 +90,24 @@ class FakeOpenAI:
         """Forget what was seen."""
         self.seen.clear()
         self.failures.clear()
-        self.held = 0
+        self.held, self.held_status = 0, 503
         self.go_on.clear()
 
     async def answer(self, request: Request) -> Response:
         raw = await request.body()
-        seen = Seen(request.url.path, dict(request.headers), raw, json.loads(raw or b"{}"), request.method)
+        client = request.client
+        seen = Seen(
+            request.url.path,
+            dict(request.headers),
+            raw,
+            json.loads(raw or b"{}"),
+            request.method,
+            request.url.query,
+            client.port if client else 0,
+        )
         if self.held > 0:
             self.held -= 1
-            return JSONResponse({"error": {"message": "held"}}, 503, headers={"retry-after": "0.05"})
+            return JSONResponse({"error": {"message": "held"}}, self.held_status, headers={"retry-after": "0.05"})
         self.seen.append(seen)
         if (slow := seen.marked("slow")) is not None:
             await asyncio.sleep(float(slow))

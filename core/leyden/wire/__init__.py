@@ -7,6 +7,7 @@ calls.py         one model call: its span, its request to the gateway, its deadl
 patience.py      when a request to the gateway is sent again
 reading.py       what a model answered, from JSON or a stream; answers.py has a reader for each protocol
 *_family.py      one HTTP library each: its hook, and Leyden's own clients made with it
+transports.py    keep collected connections from deafening live ones
 """
 
 from leyden.wire.patches import install, is_installed, uninstall

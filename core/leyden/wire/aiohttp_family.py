@@ -33,6 +33,9 @@ class AiohttpLibrary:
     def close(self) -> None:
         """Do nothing: no session outlives the beginning of its answer."""
 
+    def forget(self) -> None:
+        """Do nothing, likewise."""
+
     async def forward(self, call: ModelCall, url: Any, headers: Any) -> Any:
         """Send a routed call and return its response, unread, as the answer to the user's request.
 
@@ -156,10 +159,13 @@ def outgoing(session: Any, method: str, url: Any, options: dict[str, Any]) -> Ou
         return bytes(body) if isinstance(body, (bytes, bytearray, memoryview)) else b""
 
     try:
-        path = session._build_url(url).path
+        address = session._build_url(url)
+        if options.get("params"):
+            address = address.update_query(options["params"])
+        path, query = address.path, address.raw_query_string
     except (TypeError, ValueError, AssertionError):
-        path = ""  # an address that the library will refuse itself
-    return Outgoing(method.upper(), path, lambda name: headers_of(session, options).get(name), read)
+        path = query = ""  # an address that the library will refuse itself
+    return Outgoing(method.upper(), path, lambda name: headers_of(session, options).get(name), read, query)
 
 
 def headers_of(session: Any, options: dict[str, Any]) -> Any:

@@ -22,8 +22,11 @@ from leyden.spans import Kind, Status
 from leyden.wire.answers import Answer
 from leyden.wire.protocols import Place, input_of, set_prompt
 from leyden.wire.reading import read_answer
+from leyden.wire.state import WIRE
 
 logger = logging.getLogger(__name__)
+
+HTTP_BUSY = 429
 
 LAST_EVENTS = (b"[DONE]", b"response.completed", b"response.incomplete", b"message_stop", b'"error"')
 """What stands in a piece of a stream that may be the last to be read."""
@@ -35,8 +38,8 @@ class Attempts:
 
     bodies: dict[str, tuple[bytes, int]] = field(default_factory=dict)
     """Span id -> digest of the body it sent, and how often."""
-    failed: bytes | None = None
-    """Digest of the body whose failure stands as the rollout's infrastructure error."""
+    failed: dict[bytes, Exception] = field(default_factory=dict)
+    """Digest of a body that was not answered -> why."""
 
 
 _attempts: weakref.WeakKeyDictionary[RolloutContext, Attempts] = weakref.WeakKeyDictionary()
@@ -181,15 +184,15 @@ class ModelCall:
     # ---- the answer --------------------------------------------------------------------------------------------
 
     def answered(self, status_code: int, *, encoding: str | None) -> None:
-        """Note the status line; a server error of the gateway is not the agent's fault."""
+        """Note the status line; a server error of the gateway, or its being busy, is not the agent's fault."""
         self.status_code = status_code
         self.encoding = encoding
         if self.route is None or self.rollout is None:
             return
-        if status_code >= 500:
+        if status_code >= 500 or status_code == HTTP_BUSY:
             self.blame(EngineError(f"the gateway answered {status_code} to role {self.role!r}"))
-        elif status_code < 400 and attempts_of(self.rollout).failed == self.digest:
-            self.rollout.infrastructure_error = attempts_of(self.rollout).failed = None
+        elif status_code < 400:
+            self.absolve()
 
     def saw(self, chunk: bytes) -> None:
         """Keep a piece of a stream for the record, and stop at the deadline.
@@ -226,9 +229,24 @@ class ModelCall:
 
     def blame(self, error: Exception) -> None:
         """Say that the rollout must not count, unless the same request succeeds later."""
-        if self.rollout is not None:
-            self.rollout.infrastructure_error = error
-            attempts_of(self.rollout).failed = self.digest
+        if self.rollout is None:
+            return
+        with WIRE.lock:
+            failed = attempts_of(self.rollout).failed
+            stands = self.rollout.infrastructure_error
+            is_ours = stands is None or any(stands is other for other in failed.values())
+            failed[self.digest] = error
+            if is_ours:  # what somebody else found no later success takes back
+                self.rollout.infrastructure_error = error
+
+    def absolve(self) -> None:
+        """Take back what was said of this request, and let the next unanswered one stand for the rollout."""
+        assert self.rollout is not None
+        with WIRE.lock:
+            failed = attempts_of(self.rollout).failed
+            error = failed.pop(self.digest, None)
+            if error is not None and self.rollout.infrastructure_error is error:
+                self.rollout.infrastructure_error = next(iter(failed.values()), None)
 
     def finished(self, content: bytes | None = None) -> None:
         """Record the end of the answer: `content` when it came whole, else the chunks seen."""

@@ -60,12 +60,25 @@ class HttpxLibrary:
         """Return the client of the running loop, made on first use."""
         loop = asyncio.get_running_loop()
         with self.lock:
+            # A client refers to its loop, so no entry ends by itself. They are freed only after the lock is.
+            ended = [self.async_clients.pop(other) for other in list(self.async_clients) if other.is_closed()]
             if loop not in self.async_clients:
                 self.async_clients[loop] = self.module.AsyncClient(**self.options())
-            return self.async_clients[loop]
+            client = self.async_clients[loop]
+        del ended
+        return client
+
+    def forget(self) -> None:
+        """Drop the clients without closing them."""
+        self.lock = threading.Lock()
+        self.client = None
+        self.async_clients = weakref.WeakKeyDictionary()
 
     def close(self) -> None:
-        """Close the clients. One of a loop that is closed, or that another thread runs, is left to that loop."""
+        """Close the clients, each in its own loop.
+
+        Those whose loop is closed, or cannot run because another one runs here, are dropped.
+        """
         with self.lock:
             client, self.client = self.client, None
             async_clients = list(self.async_clients.items())
@@ -75,7 +88,7 @@ class HttpxLibrary:
         for loop, async_client in async_clients:
             if loop.is_running():
                 asyncio.run_coroutine_threadsafe(async_client.aclose(), loop)
-            elif not loop.is_closed():
+            elif not loop.is_closed() and not is_in_a_loop():
                 loop.run_until_complete(async_client.aclose())
 
     # ---- a routed call -----------------------------------------------------------------------------------------
@@ -217,6 +230,15 @@ class HttpxLibrary:
         )
 
 
+def is_in_a_loop() -> bool:
+    """Say whether an event loop runs in this thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
 def patch(module: ModuleType) -> None:
     """Put the wire below both clients of `httpx` or `httpx2`."""
     if not WIRE.is_installed or getattr(module.Client.send, "is_leyden_wire", False):
@@ -252,7 +274,7 @@ def outgoing(request: Any) -> Outgoing:
         except RuntimeError:  # a streamed upload, which no SDK uses for a model call
             return b""
 
-    return Outgoing(request.method, request.url.path, request.headers.get, read)
+    return Outgoing(request.method, request.url.path, request.headers.get, read, request.url.query.decode())
 
 
 def observed_stream(module: Any) -> Any:

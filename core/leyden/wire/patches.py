@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable
 from types import ModuleType
 
 from leyden.patching import forget_import, when_imported
-from leyden.wire import aiohttp_family, httpx_family, requests_family
+from leyden.wire import aiohttp_family, httpx_family, requests_family, transports
 from leyden.wire.state import WIRE
 
 PATCHES: dict[str, Callable[[ModuleType], None]] = {
@@ -23,6 +25,7 @@ def install() -> None:
     if WIRE.is_installed:
         return
     WIRE.is_installed = True
+    transports.patch()
     for name, patch in PATCHES.items():
         when_imported(name, patch)
 
@@ -36,6 +39,17 @@ def uninstall() -> None:
     libraries, WIRE.libraries = WIRE.libraries, {}
     for library in libraries.values():
         library.close()
+
+
+def forget_after_fork() -> None:
+    """Let a forked child make connections of its own: on its parent's it would read answers meant for the parent."""
+    WIRE.lock = threading.Lock()
+    for library in WIRE.libraries.values():
+        library.forget()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=forget_after_fork)
 
 
 def is_installed() -> bool:

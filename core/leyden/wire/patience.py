@@ -15,7 +15,8 @@ from leyden.wire.calls import ModelCall
 
 logger = logging.getLogger(__name__)
 
-HTTP_HELD = 503
+HELD = {503: "new weights or no engine", 429: "too many calls at once"}
+"""Status -> why the gateway asks to come again; with `Retry-After` it is no answer."""
 
 PATIENCE_SECONDS = 600.0
 """How long a held request is repeated when the rollout has no deadline."""
@@ -67,11 +68,12 @@ class Patience:
         Raises:
             DeadlineExceeded: the hold outlasts the rollout.
         """
-        if status_code != HTTP_HELD or retry_after is None:
+        if status_code not in HELD or retry_after is None:
             return None
         call = self.call
         # Until it is answered after all; a rollout that ends without it is not the agent's failure.
-        call.blame(EngineError(f"the gateway did not answer role {call.role!r}: {HTTP_HELD}, new weights or no engine"))
+        why = f"{status_code}, {HELD[status_code]}"
+        call.blame(EngineError(f"the gateway did not answer role {call.role!r}: {why}"))
         try:
             seconds = max(float(retry_after), 0.05)
         except ValueError:

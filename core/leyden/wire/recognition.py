@@ -43,6 +43,7 @@ class Outgoing:
     """Returns a header by its name in lower case."""
     read: Callable[[], bytes]
     """Returns the body without consuming it, or nothing when it cannot be read twice."""
+    query: str = ""
 
 
 def recognise(request: Outgoing) -> ModelCall | None:
@@ -81,6 +82,8 @@ def recognise(request: Outgoing) -> ModelCall | None:
             f"role {role!r} calls a model for rollout {rollout.rollout_id!r}, which is over; "
             "await or cancel the agent's background work before it returns"
         )
+    if request.method == "GET" and request.query:  # which part of a kept answer is wanted
+        place = replace(place, path=f"{place.path}?{request.query}")
     model_call = ModelCall(frame, place, request.method, raw, body, routing)
     try:
         model_call.check_deadline()
@@ -121,7 +124,7 @@ def caller_of(request: Outgoing) -> Frame | None:
             return None
     else:
         key = key_of(request)
-        rollout = context.rollout_with_token(key.token) if key.role else None
+        rollout = context.rollout_with_token(key.token, marked(request, "attempt")) if key.role else None
         named = named or (key.role if rollout else None)
     if rollout is not None and (frame is None or frame.rollout is not rollout):
         frame = Frame(rollout, MAIN_ROLE, key_of(request).span_id or rollout.root_id)
@@ -147,9 +150,7 @@ def marked(request: Outgoing, name: str) -> str | None:
 
 def marked_rollout(request: Outgoing) -> RolloutContext | None:
     """Return the running rollout that the headers name; none when it is another attempt's turn by now."""
-    rollout = context.active_rollout(marked(request, "rollout") or "")
-    attempt = marked(request, "attempt")
-    return rollout if rollout is not None and attempt in (None, str(rollout.attempt)) else None
+    return context.active_rollout(marked(request, "rollout") or "", marked(request, "attempt"))
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,9 @@ class Key:
 
 def key_of(request: Outgoing) -> Key:
     """Return the key that a request brings."""
-    key = (request.header("authorization") or "").removeprefix("Bearer ") or request.header("x-api-key") or ""
+    given = request.header("authorization") or ""
+    is_bearer = given[:7].lower() == "bearer "
+    key = (given[7:].strip() if is_bearer else given) or request.header("x-api-key") or ""
     token, _, rest = key.partition(":")
     role, _, span_id = rest.partition(":")
     return Key(token, unquote(role) or None, span_id or None)

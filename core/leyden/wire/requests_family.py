@@ -9,7 +9,7 @@ import functools
 import http.cookiejar
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,8 +38,16 @@ class RequestsLibrary:
             if self.session is None:
                 self.session = self.module.Session()
                 self.session.trust_env = False
+                # The library's own 10 would drop connections when more threads than that wait for answers.
+                for scheme in ("http://", "https://"):
+                    self.session.mount(scheme, self.module.adapters.HTTPAdapter(pool_maxsize=64))
                 self.session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
             return self.session
+
+    def forget(self) -> None:
+        """Drop the session without closing it."""
+        self.lock = threading.Lock()
+        self.session = None
 
     def close(self) -> None:
         """Close the session."""
@@ -124,7 +132,8 @@ def outgoing(request: Any) -> Outgoing:
             return body.encode()
         return bytes(body) if isinstance(body, (bytes, bytearray)) else b""
 
-    return Outgoing(request.method or "", urlsplit(request.url or "").path, request.headers.get, read)
+    address = urlsplit(request.url or "")
+    return Outgoing(request.method or "", address.path, request.headers.get, read, address.query)
 
 
 def own_request(call: ModelCall, request: Any) -> Any:
@@ -156,10 +165,27 @@ class ObservedBody:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
+    def __enter__(self) -> ObservedBody:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self.seen(self.inner)
+
     def stream(self, *args: Any, **options: Any) -> Iterator[bytes]:
         """Yield the body in pieces."""
+        return self.seen(self.inner.stream(*args, **options))
+
+    def read_chunked(self, *args: Any, **options: Any) -> Iterator[bytes]:
+        """Yield the body in the pieces that the server made."""
+        return self.seen(self.inner.read_chunked(*args, **options))
+
+    def seen(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Yield pieces, and tell the call of them and of their end."""
         try:
-            for chunk in self.inner.stream(*args, **options):
+            for chunk in pieces:
                 self.call.saw(chunk)
                 yield chunk
         except GeneratorExit:
@@ -171,8 +197,29 @@ class ObservedBody:
 
     def read(self, *args: Any, **options: Any) -> bytes:
         """Read the body, or a part of it."""
+        return self.note(lambda: self.inner.read(*args, **options))
+
+    def read1(self, *args: Any, **options: Any) -> bytes:
+        """Read what is there."""
+        return self.note(lambda: self.inner.read1(*args, **options))
+
+    def readline(self, *args: Any) -> bytes:
+        """Read one line."""
+        return self.note(lambda: self.inner.readline(*args))
+
+    def readlines(self, _hint: int = -1) -> list[bytes]:
+        """Read the lines that are left."""
+        return list(self)
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into `buffer`."""
+        with memoryview(buffer) as view:
+            return len(self.note(lambda: bytes(view[: self.inner.readinto(view)])))
+
+    def note(self, read: Callable[[], bytes]) -> bytes:
+        """Return what `read` returns, and tell the call of it."""
         try:
-            chunk: bytes = self.inner.read(*args, **options)
+            chunk = read()
             self.call.saw(chunk)
         except BaseException as error:
             self.call.failed(error)

@@ -20,6 +20,10 @@ class Library(Protocol):
         """Close Leyden's clients made with it."""
         ...
 
+    def forget(self) -> None:
+        """Drop the clients of the process that this one was forked from, and locks that its threads may hold."""
+        ...
+
 
 class Wire:
     """What is patched, and what holds for all requests of the process."""
