@@ -7,6 +7,7 @@ policy, and the graphs of a rollout keep their state on threads of their own.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -101,7 +102,7 @@ class Hooks:
             if run is None:
                 return generate(model, messages, stop=stop, run_manager=run_manager, **options)
             with run.entered():
-                return generate(for_route(model), messages, stop=stop, run_manager=run_manager, **options)
+                return generate(for_route(model), messages, stop=stop, run_manager=quiet(run_manager), **options)
 
         @functools.wraps(agenerate)
         async def asynchronous(
@@ -111,7 +112,7 @@ class Hooks:
             if run is None:
                 return await agenerate(model, messages, stop=stop, run_manager=run_manager, **options)
             with run.entered():
-                return await agenerate(for_route(model), messages, stop=stop, run_manager=run_manager, **options)
+                return await agenerate(for_route(model), messages, stop=stop, run_manager=quiet(run_manager), **options)
 
         self.patches.replace(BaseChatModel, "_generate_with_cache", sync)
         self.patches.replace(BaseChatModel, "_agenerate_with_cache", asynchronous)
@@ -178,6 +179,17 @@ def entered(run_managers: Sequence[Any]) -> contextlib.AbstractContextManager[No
     """Hold the frame of the first of some runs, which share one request."""
     run = RUNS.get(run_managers[0].run_id) if run_managers else None
     return run.entered() if run is not None else contextlib.nullcontext()
+
+
+def quiet(run_manager: Any) -> Any:
+    """Return the manager of a model call that tells no `Recorder` of each token: one has no use for them.
+
+    Telling it takes LangChain longer than everything else that is done for a streamed answer. How the call ends is
+    told by the manager itself, and calls inside this one by what it passes on.
+    """
+    told = copy.copy(run_manager)
+    told.handlers = [handler for handler in run_manager.handlers if not isinstance(handler, Recorder)]
+    return told
 
 
 def for_route(model: Any) -> Any:
