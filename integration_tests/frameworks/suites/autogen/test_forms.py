@@ -278,7 +278,7 @@ def test_what_ended_rollouts_used_is_not_kept(user: Endpoint, observed: Observe)
                 await teams[0].run(task="go")
 
     run(main)
-    assert len(CLAIMS.exclusive._users[teams[0]]) == 1
+    assert len(CLAIMS.exclusive._users[id(teams[0])]) == 1
     gone = weakref.ref(teams.pop())
     gc.collect()
     assert gone() is None
