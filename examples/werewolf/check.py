@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from examples.werewolf.rules import WEREWOLF, Moderator, Result, Turn
 
 MODEL = Path(__file__).parent / "model"
-FIRST_GAME = 3_000_000
-"""No other bucket begins there."""
+FIRST_GAME = 4_000_000
+"""The first game of the bucket `final` in `train.py`."""
 
 MAX_TOKENS = 24
 

@@ -4,8 +4,8 @@
 served by the same engine and never trained. A rollout is a game, its reward 1 when the werewolves win. The eight games
 of a group have the same players in the same places; games that are evaluated have seeds that training never uses.
 
-    python -m examples.werewolf.train                                       # one run
-    python -m examples.werewolf.train --seeds 0 1 2 --bucket final          # the figures in the README
+    python -m examples.werewolf.train                     # one run
+    python -m examples.werewolf.train --seeds 0 1 2       # the runs of the README's figures
 
 AgentScope may live in an environment of its own, with `leyden[agentscope]` but without torch: give its interpreter with
 `--python envs/agentscope/bin/python`.
@@ -23,7 +23,7 @@ GAMES_PER_STEP = 12
 """Each is played eight times."""
 
 BUCKETS = {"train": 0, "tuning": 1_000_000, "final": 4_000_000}
-"""The first seed of each bucket of games; `final` was used for nothing but the reported figures."""
+"""The first seed of each bucket of games; settings were chosen on `tuning`."""
 
 TRAINING_GAMES = 4096
 
