@@ -13,7 +13,8 @@ from leyden_plugins.engines.transformers import TransformersEngine
 
 
 def test_a_role_that_nobody_has_is_an_error_that_lists_the_roles_there_are(app, make_trainer):
-    trainer = make_trainer(app.solve, policies=[leyden.Policy("me", roles=["wirter", "main"])])
+    policies = [leyden.Policy("me", roles=["main"]), leyden.Policy("other", roles=["wirter"])]
+    trainer = make_trainer(app.solve, policies=policies)
     with pytest.raises(RoleError, match=r"trains role 'wirter', but no such role exists.*'main': 4"):
         trainer.fit(1)
 
