@@ -4,10 +4,10 @@ VENV := .venv/bin
 BOOT := $(or $(PYTHON),python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench compatibility clean
+.PHONY: help setup demo test lint bench bench-learning compatibility clean
 
 help: ## show this help
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 24
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 setup: ## make .venv with everything the demo and the tests need (PYTHON=... picks the interpreter)
 	@$(BOOT) scripts/setup.py
@@ -25,6 +25,9 @@ lint: setup ## check style and types
 
 bench: setup ## measure the demo
 	@$(VENV)/python -m benchmarks.demo
+
+bench-learning: setup ## measure the learning core: tables and pictures in benchmarks/results/
+	@$(VENV)/python -m benchmarks.learning
 
 compatibility: setup ## run every framework against the gateway and write docs/compatibility.*
 	@$(VENV)/python scripts/compatibility.py

@@ -9,7 +9,7 @@ import json
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from examples.text_to_sql import questions, train
@@ -27,16 +27,14 @@ def algorithm_of(variant: str, seed: int) -> object:
     demo = train.algorithm(seed)
     if variant == "rejection":
         return RejectionSampling(group_size=demo.group_size, updates_per_step=demo.updates_per_step)
-    if variant in ("shuffled", "zero"):
-        genuine = rl.annotate
+    options = {one.name: getattr(demo, one.name) for one in fields(demo)}
 
-        def annotate(
-            transitions: Sequence[Transition], groups: Sequence[Group], *, normalise_std: bool = True
-        ) -> list[Transition]:
-            if variant == "zero":
-                return [
-                    replace(one, advantage=0.0) for one in genuine(transitions, groups, normalise_std=normalise_std)
-                ]
+    class ZeroAdvantages(rl.GRPO):
+        def advantages(self, transitions: Sequence[Transition], groups: Sequence[Group]) -> list[Transition]:
+            return [replace(one, advantage=0.0) for one in transitions]
+
+    class ShuffledRewards(rl.GRPO):
+        def advantages(self, transitions: Sequence[Transition], groups: Sequence[Group]) -> list[Transition]:
             moved = {}
             for group in groups:
                 ids = [one.rollout.rollout_id for one in group.rollouts]
@@ -54,10 +52,9 @@ def algorithm_of(variant: str, seed: int) -> object:
                 )
                 for group in groups
             ]
-            return genuine(swapped, shuffled, normalise_std=normalise_std)
+            return super().advantages(swapped, shuffled)
 
-        rl.annotate = annotate
-    return demo
+    return {"zero": ZeroAdvantages, "shuffled": ShuffledRewards}.get(variant, rl.GRPO)(**options)
 
 
 def replace_reward(rollout: object, value: float) -> object:

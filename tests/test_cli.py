@@ -158,6 +158,8 @@ def test_show_prints_the_tree_of_a_rollout_named_by_the_start_of_its_id(run: Pat
     shown = capsys.readouterr().out
     assert "log-probability" in shown and "> system: You are the writer" in shown
     assert "\x1b[" not in shown, "no colours into a pipe"
+    assert main(["show", str(run), "s1-t0-2", "--tree"]) == 0
+    assert "tokens in the tree" in capsys.readouterr().out
 
 
 def test_an_ambiguous_or_unknown_rollout_is_refused_with_help(run: Path, capsys: Captured) -> None:

@@ -14,10 +14,10 @@ EXAMPLES = ROOT / "examples"
 
 ORDER = """
 errors extras redaction
-spans roles context activity usage looping
+spans roles context lastcall activity usage looping
 hookspecs plugins interfaces ownership
 sqlite
-tokentree credit mdp rewards
+tokentree calltree layouts credit mdp metrics stepwise rewards
 patching wire endpoints instrumentation
 running spantree show training
 deploying __init__ testing

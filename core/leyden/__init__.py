@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from leyden.endpoints import endpoint as endpoint
     from leyden.instrumentation import instrument as instrument
     from leyden.instrumentation import uninstrument as uninstrument
+    from leyden.lastcall import last_call as last_call
     from leyden.rewards import NO_REWARD as NO_REWARD
     from leyden.rewards import emit_event as emit_event
     from leyden.rewards import emit_message as emit_message
     from leyden.rewards import emit_reward as emit_reward
+    from leyden.roles import LoRA as LoRA
     from leyden.roles import Policy as Policy
     from leyden.roles import Sampling as Sampling
     from leyden.running.agents import per_rollout as per_rollout
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 HOMES = {
     "Command": "leyden.running.command",
     "Endpoint": "leyden.endpoints",
+    "LoRA": "leyden.roles",
     "NO_REWARD": "leyden.rewards",
     "Policy": "leyden.roles",
     "Sampling": "leyden.roles",
@@ -40,6 +43,7 @@ HOMES = {
     "endpoint": "leyden.endpoints",
     "headers": "leyden.context",
     "instrument": "leyden.instrumentation",
+    "last_call": "leyden.lastcall",
     "per_rollout": "leyden.running.agents",
     "role": "leyden.context",
     "tool": "leyden.context",

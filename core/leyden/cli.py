@@ -25,7 +25,7 @@ from leyden.errors import ConfigurationError, LeydenError, PluginError
 from leyden.hookspecs import KINDS, Component
 from leyden.interfaces import RolloutRecords
 from leyden.plugins import Plugins, load_plugins
-from leyden.show import one_line, printable, program, span_tree, task_text
+from leyden.show import one_line, printable, program, span_tree, task_text, token_trees
 from leyden.spans import FINISHED, Mode, Rollout, RolloutState
 from leyden.spantree import model_calls
 from leyden.sqlite import SQLiteStore
@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("rollout", nargs="?", help="its id or the start of it; default the last finished one")
     one.add_argument("--text", action="store_true", help="whole prompts and answers")
     one.add_argument("--tokens", action="store_true", help="token ids and log-probabilities")
+    one.add_argument("--tree", action="store_true", help="the merged token tree of each policy instead")
 
     one = commands.add_parser("export", help="write a run's policies as Hugging Face folders")
     one.add_argument("run", help="run folder")
@@ -153,6 +154,9 @@ def show_command(options: argparse.Namespace) -> int:
     if folder is not None and wanted is None and not (Path(folder) / STORE).is_file():
         folder, wanted = None, folder
     records = asyncio.run(_one_rollout(_run_folder(folder), wanted))
+    if options.tree:
+        print(token_trees(records, color=_may_color()))
+        return 0
     print(span_tree(records, all_text=options.text, tokens=options.tokens, color=_may_color()))
     return 0
 

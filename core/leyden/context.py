@@ -81,6 +81,16 @@ class OpenSpan:
         )
 
 
+@dataclass(slots=True, eq=False)
+class MadeCall:
+    """A model call of a rollout, and what its caller had called before."""
+
+    span_id: str
+    role: str
+    before: MadeCall | None
+    """The latest call in the context that made this one: tasks and threads inherit it, and do not give theirs back."""
+
+
 class RolloutContext:
     """One attempt at a rollout, in the process where the agent runs. Thread-safe."""
 
@@ -109,6 +119,10 @@ class RolloutContext:
         self.is_closed = False
         self.root_id: str | None = None
         """The root span, once the rollout has begun."""
+        self.calls: list[MadeCall] = []
+        """The model calls so far, in order."""
+        self.parents: dict[str, str | None] = {}
+        """Span -> the one around it, of all spans so far."""
         self._sink = sink
         self._open: dict[str, OpenSpan] = {}
         self._lock = threading.Lock()
@@ -122,8 +136,12 @@ class RolloutContext:
         span = OpenSpan(self, kind, name, role, parent_id)
         with self._lock:
             self._open[span.span_id] = span
+            self.parents[span.span_id] = parent_id
             if kind is Kind.MODEL_CALL:
                 self.spoken_roles[role] = self.spoken_roles.get(role, 0) + 1
+                before = _latest_call.get()
+                self.calls.append(MadeCall(span.span_id, role, before))
+                _latest_call.set(self.calls[-1])
         return span
 
     def reassign(self, call: OpenSpan, role: str) -> None:
@@ -134,6 +152,9 @@ class RolloutContext:
                 del self.spoken_roles[call.role]
             self.spoken_roles[role] = self.spoken_roles.get(role, 0) + 1
             call.role = role
+            for made in self.calls:
+                if made.span_id == call.span_id:
+                    made.role = role
 
     def forget(self, span: OpenSpan) -> bool:
         """Take `span` from the open ones; False when it was closed before."""
@@ -181,6 +202,7 @@ class Frame:
 
 
 _current: ContextVar[Frame | None] = ContextVar("leyden_frame", default=None)
+_latest_call: ContextVar[MadeCall | None] = ContextVar("leyden_latest_call", default=None)
 _active: set[RolloutContext] = set()
 _active_lock = threading.Lock()
 
@@ -191,6 +213,11 @@ def current() -> Frame | None:
     while frame is not None and frame.owner is not None and frame.owner.is_closed:
         frame = frame.outer
     return frame
+
+
+def latest_call() -> MadeCall | None:
+    """Return the latest model call made in this context, of whichever rollout."""
+    return _latest_call.get()
 
 
 def enter(frame: Frame | None) -> Token[Frame | None]:
@@ -237,6 +264,7 @@ def rollout_scope(context: RolloutContext, name: str = "rollout") -> Iterator[Op
     with _active_lock:
         _active.add(context)
     token = enter(Frame(rollout=context, role=MAIN_ROLE, span_id=root.span_id))
+    _latest_call.set(None)
     try:
         yield root
     except BaseException as error:

@@ -1,6 +1,10 @@
 """Rewards: what an agent may return or emit, checked, and how named rewards become one total.
 
-One trap: `None` and `NO_REWARD` are not 0. A rollout without a reward leaves the baseline and the training data.
+One idea: a reward has a value, a name and perhaps a target. Names combine as a weighted sum (`reward_weights`): those
+of the whole rollout to its total, which needs every name that has a weight; those with a target to the return of the
+calls they aim at, where a name without a weight counts as it is (weight 1) and weight 0 only measures.
+One trap: `None` and `NO_REWARD` are not 0. A rollout without a reward leaves the baseline and the training data. A name
+that was given, but only to roles or calls, is not missing: its share of the total is 0.
 """
 
 from __future__ import annotations
@@ -68,11 +72,14 @@ def named(value: object, *, where: str) -> dict[str, float] | None:
 
 
 def total(rewards: Iterable[Reward], weights: Mapping[str, float]) -> float | None:
-    """Return the weighted sum of the untargeted rewards; `None` when a name with a weight other than 0 is missing."""
+    """Return the weighted sum of the untargeted rewards; `None` when a name with a weight other than 0 is missing.
+
+    A name with targeted rewards only is not missing; it adds 0.
+    """
     sums: dict[str, float] = {}
     for reward in rewards:
-        if reward.target_role is None and reward.target_span is None:
-            sums[reward.name] = sums.get(reward.name, 0.0) + reward.value
+        is_of_rollout = reward.target_role is None and reward.target_span is None
+        sums[reward.name] = sums.get(reward.name, 0.0) + (reward.value if is_of_rollout else 0.0)
     needed = {name: weight for name, weight in weights.items() if weight != 0}
     if not needed.keys() <= sums.keys():
         return None
@@ -105,7 +112,7 @@ def emit_reward(
         value: finite.
         name: weighted by `Trainer(reward_weights=...)`.
         role: credit this role's calls only.
-        span: credit this span only.
+        span: credit this model call only; `leyden.last_call()` names the latest one.
         index: tells apart several rewards of one name and target.
 
     Raises:

@@ -50,6 +50,27 @@ AGENTS_OWN = Sampling(temperature=None, top_p=None, top_k=None, max_tokens=None,
 """Leaves every sampling parameter to the agent: the default of evaluation."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """A low-rank adapter on the shared base weights, W + (alpha / rank) B A (Hu et al. 2021, section 4.1).
+
+    Raises:
+        ConfigurationError: a value that no adapter could have.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Last names of the linear layers that get one; the default is every layer of attention and MLP."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.alpha > 0 or isinstance(self.targets, str) or not list(self.targets):
+            raise ConfigurationError(
+                f"LoRA(rank={self.rank!r}, alpha={self.alpha!r}, targets={self.targets!r}): rank is at least 1, alpha "
+                "above 0, and targets a list of layer names that is not empty"
+            )
+
+
 @dataclass(frozen=True)
 class Policy:
     """Trainable weights, and the roles that speak with them.
@@ -63,7 +84,12 @@ class Policy:
     """Shell patterns of role names; `None` takes every role."""
     trainable: bool = field(default=True, kw_only=True)
     """False: served and recorded, never trained (frozen opponents, judges on our engine)."""
+    lora: LoRA | None = field(default=None, kw_only=True)
+    """An adapter on the base that all policies with one share; `None` trains a full copy of the weights."""
+    freeze_after: int | None = field(default=None, kw_only=True)
+    """The last step that trains it; afterwards it goes on speaking as it is. `None`: never."""
     learning_rate: float = field(default=1e-5, kw_only=True)
+    """Adapters want about ten times what full weights do."""
     final_learning_rate_fraction: float = field(default=1.0, kw_only=True)
     """The learning rate falls linearly to this fraction of itself at the last step; 1 keeps it constant."""
     sampling: Sampling = field(default=Sampling(), kw_only=True)
@@ -89,6 +115,12 @@ class Policy:
                 f"max_gradient_norm={self.max_gradient_norm!r} above 0 and "
                 f"final_learning_rate_fraction={self.final_learning_rate_fraction!r} in [0, 1]"
             )
+        if self.freeze_after is not None and self.freeze_after < 0:
+            raise ConfigurationError(f"policy {self.name!r}: freeze_after={self.freeze_after!r} must be at least 0")
+
+    def is_trained_at(self, step: int) -> bool:
+        """Say whether `step` (from 1) updates it."""
+        return self.trainable and (self.freeze_after is None or step <= self.freeze_after)
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):

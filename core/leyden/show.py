@@ -14,15 +14,17 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
+from leyden.calltree import CallTree, Forked, call_trees, fork_counts
 from leyden.interfaces import RolloutRecords
-from leyden.spans import Completion, Kind, Reward, Rollout, Status
+from leyden.spans import Completion, Fork, Kind, Reward, Rollout, Status
 from leyden.spantree import Message, Node, answer_of, as_text, attributes_of, nodes, prompt_of, token_counts
+from leyden.tokentree import Node as TokenNode
 
 SHORT_LINES = 6
 """Lines of a text that are shown unless all is asked for."""
 SHORT_CHARACTERS = 160
 
-_BOLD, _DIM, _RED, _GREEN, _CYAN = "1", "2", "31", "32", "36"
+_BOLD, _DIM, _RED, _GREEN, _YELLOW, _CYAN = "1", "2", "31", "32", "33", "36"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,50 @@ def span_tree(
         f"completion without a span: {_completion(one)}" for one in records.completions if one.span_id not in spans
     ]
     return "\n".join(lines)
+
+
+def token_trees(records: RolloutRecords, *, color: bool = False) -> str:
+    """Return the merged token tree of each policy: what each part was sampled by, and where prompts forked.
+
+    A part that only one other follows stands right above it; where several follow, each is a branch.
+    """
+    paint = _Paint(is_on=color)
+    lines: list[str] = []
+    for found in call_trees(records):
+        own = [one for one in records.completions if one.policy == found.policy]
+        forks = [f"{count} {cause}" for cause, count in fork_counts(own).items() if count]
+        lines.append(
+            f"policy {paint(_BOLD, printable(found.policy))}: {found.calls} calls, {found.tokens} tokens in the tree, "
+            f"{found.tokens_by_call} in one row a call" + (f", forks: {', '.join(forks)}" if forks else "")
+        )
+        stack = [(found.tree.root, "", "")]
+        while stack:
+            node, first, rest = stack.pop()
+            if node.parent is not None:
+                lines += [
+                    paint(_DIM, first) + _part_title(found, node, paint),
+                    *(paint(_DIM, rest) + "  " + _forked(one, paint) for one in found.forks.get(id(node), ())),
+                ]
+            children = sorted(node.children.values(), key=lambda one: one.token_ids[0], reverse=True)
+            for index, child in enumerate(children):
+                if len(children) == 1:
+                    stack.append((child, rest, rest))
+                else:
+                    is_last = index == 0
+                    stack.append((child, rest + ("└─ " if is_last else "├─ "), rest + ("   " if is_last else "│  ")))
+    return "\n".join(lines) or "no call of this rollout has tokens"
+
+
+def fork_line(fork: Fork) -> str:
+    """Say in one line where and why a prompt forked, with the texts around the break."""
+    before, expected, found = (
+        '"' + printable(text).replace("\n", "\\n").replace("\t", "\\t") + '"'
+        for text in (fork.before, fork.expected, fork.found)
+    )
+    return (
+        f"fork ({fork.cause.value}) from call {printable(fork.span_id)} after {fork.position} tokens: "
+        f"behind {before} it had {expected}, this prompt has {found}"
+    )
 
 
 def printable(text: str) -> str:
@@ -139,6 +185,7 @@ def _node_lines(node: Node, paint: _Paint, *, text: bool, whole: bool, tokens: b
     details: list[str] = []
     if node.span.error:
         details.append(paint(_RED, f"! {one_line(node.span.error, 500)}"))
+    details += [paint(_YELLOW, fork_line(one.fork)) for one in node.completions if one.fork is not None]
     if text:
         details += _text_lines(node, paint, whole=whole)
     if tokens:
@@ -159,6 +206,8 @@ def _title(node: Node, paint: _Paint) -> str:
         last = node.completions[-1]
         parts.append(f"{printable(last.policy)} v{last.version}")
         parts += [choice.finish_reason for choice in last.choices if choice.finish_reason != "stop"]
+        if last.spliced:
+            parts.append(f"goes on exactly from {last.spliced} tokens")
         if len(node.completions) > 1:
             parts.append(f"{len(node.completions)} HTTP attempts")
         if last.off_distribution:
@@ -190,6 +239,24 @@ def _message_lines(mark: str, message: Message, whole: bool) -> list[str]:
         lines = cut[:SHORT_LINES] + ([f"… {len(cut) - SHORT_LINES} more lines"] if len(cut) > SHORT_LINES else [])
     speaker = f"{printable(message.role)}: " if message.role and mark == ">" else ""
     return [f"{mark} {speaker}{lines[0]}", *(f"  {line}" for line in lines[1:])]
+
+
+def _part_title(tree: CallTree, node: TokenNode, paint: _Paint) -> str:
+    """Return a part's length and what sampled it."""
+    said: list[str] = []
+    for one in tree.sampled.get(id(node), ()):
+        choice = one.completion.choices[one.choice]
+        number = f" choice {choice.index}" if len(one.completion.choices) > 1 else ""
+        note = "" if one.completion.delivered else ", not delivered"
+        text = f" {one_line(choice.text, 40)!r}" if one.is_end and choice.text else ""
+        who = paint(_CYAN, f"{one_line(one.completion.role, 40)} {one.turn}")
+        said.append(f"{who} (call {printable(one.completion.span_id)}{number}{note}){text}")
+    length = f"{len(node.token_ids)} token" + ("" if len(node.token_ids) == 1 else "s")
+    return f"{length} sampled by {', '.join(said)}" if said else length
+
+
+def _forked(one: Forked, paint: _Paint) -> str:
+    return paint(_YELLOW, f"{one_line(one.role, 40)} {one.turn}: {fork_line(one.fork)}")
 
 
 def _token_lines(completion: Completion) -> list[str]:

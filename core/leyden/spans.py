@@ -116,6 +116,33 @@ class Choice(msgspec.Struct, frozen=True, kw_only=True):
     text: str = ""
 
 
+class ForkCause(StrEnum):
+    """Why a prompt does not begin with exactly the tokens of the conversation that it goes on from."""
+
+    TEMPLATE = "template"
+    """The messages are the same, their text rendered anew is not: reasoning dropped, tool calls reformatted."""
+    TOKENISATION = "tokenisation"
+    """The text is the same, its tokens are not."""
+    EDIT = "edit"
+    """The agent changed messages or tools: a shortened history, an answer in other words."""
+
+
+class Fork(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a prompt leaves the tokens of the earlier call that its messages go on from or repeat."""
+
+    span_id: str
+    """Of that earlier call: of the same rollout, role and policy."""
+    position: int
+    """How many leading tokens this prompt shares with that call's prompt and answer."""
+    cause: ForkCause
+    before: str
+    """The end of the shared text."""
+    expected: str
+    """How that call goes on behind it, shortened; for `tokenisation`, its tokens with `|` between them."""
+    found: str
+    """How this prompt goes on, shortened alike."""
+
+
 class Completion(msgspec.Struct, frozen=True, kw_only=True, tag="completion"):
     """What the engine answered to one HTTP attempt of a model call; key (span_id, http_attempt)."""
 
@@ -141,6 +168,10 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True, tag="completion"):
     first_token_ns: int
     end_ns: int
     error: str | None = None
+    fork: Fork | None = None
+    """Set where the prompt should begin with an earlier call's tokens and does not."""
+    spliced: int = 0
+    """Leading prompt tokens that exact continuation took from the record instead of rendering messages; 0: none."""
     sequence: int = 0
     schema: int = SCHEMA_VERSION
 
@@ -212,6 +243,8 @@ class Update(msgspec.Struct, frozen=True, kw_only=True, tag="update"):
     version: int
     """The version this update produced."""
     rollout_ids: list[str]
+    replayed_ids: list[str] = []
+    """Rollouts of earlier steps that the algorithm used again; no rule keeps them from counting more than once."""
     voided: bool = False
     """Undone by a resume from an earlier checkpoint; its rollouts count again only where they are used again."""
     created_ns: int = 0

@@ -79,12 +79,19 @@ def spell(node: Node) -> list[int]:
     return [token for part in path(node) for token in part.token_ids]
 
 
-def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return how many leading tokens two sequences share."""
+def common_prefix(first: Sequence[object], second: Sequence[object]) -> int:
+    """Return how many leading tokens, or characters, two sequences share."""
     shortest = min(len(first), len(second))
     if first[:shortest] == second[:shortest]:  # the common case, compared in C
         return shortest
-    return next(index for index in range(shortest) if first[index] != second[index])
+    equal, differ = 0, shortest  # the first `equal` are equal, the first `differ` are not
+    while differ - equal > 1:
+        middle = (equal + differ) // 2
+        if first[equal:middle] == second[equal:middle]:
+            equal = middle
+        else:
+            differ = middle
+    return equal
 
 
 def _split(node: Node, length: int) -> Node:

@@ -25,6 +25,30 @@ DIALECTS = (
 """Name, dialect, summary."""
 
 
+TRACKERS = (
+    ("tensorboard", "tensorboard:TensorBoardSink", "curves for TensorBoard, in the run's folder"),
+    ("trackio", "trackio:TrackioSink", "curves for Trackio's local dashboard"),
+    ("wandb", "wandb:WandbSink", "curves for Weights & Biases, online or offline"),
+)
+"""Name, sink, summary."""
+
+
+RL_ALGORITHMS = (
+    ("reinforce", "Reinforce", "policy gradient with a baseline"),
+    ("rloo", "RLOO", "policy gradient with the mean of the others as baseline"),
+    ("grpo", "GRPO", "group-relative policy optimisation"),
+    ("dr-grpo", "DrGRPO", "GRPO without its biases of std and length"),
+    ("reinforce-plus-plus", "ReinforcePlusPlus", "advantages scaled over the whole step"),
+    ("ppo", "PPO", "GAE with a value head"),
+    ("hierarchical-grpo", "HierarchicalGRPO", "GRPO in groups of task, role and turn"),
+    ("lightning-rl", "LightningRL", "credit for calls, then an algorithm for single calls"),
+    ("dapo", "DAPO", "GRPO with clip-higher and dynamic sampling"),
+    ("gspo", "GSPO", "GRPO with one ratio a call"),
+    ("cispo", "CISPO", "GRPO with a clipped weight in place of a clipped gain"),
+)
+"""Name, class, summary."""
+
+
 @hookimpl
 def leyden_register(registry: Registry) -> None:
     """Name every built-in component; adding one is adding a line."""
@@ -39,7 +63,8 @@ def leyden_register(registry: Registry) -> None:
     registry.gateway("http", lazy("leyden_plugins.gateway:HttpGateway"), summary="OpenAI-compatible HTTP on loopback")
     registry.learner("torch", lazy("leyden_plugins.learners.torch:TorchLearner"), summary="PyTorch in this process")
 
-    registry.algorithm("grpo", lazy("leyden_plugins.algorithms.rl:GRPO"), summary="group-relative policy optimisation")
+    for name, path, summary in RL_ALGORITHMS:
+        registry.algorithm(name, lazy(f"leyden_plugins.algorithms.rl:{path}"), summary=summary)
     registry.algorithm(
         "rejection-sampling",
         lazy("leyden_plugins.algorithms.sft:RejectionSampling"),
@@ -47,6 +72,8 @@ def leyden_register(registry: Registry) -> None:
     )
 
     registry.credit("broadcast", lazy("leyden.credit:broadcast"), summary="every call gets the whole return")
+    registry.credit("per-turn", lazy("leyden.credit:reward_to_go"), summary="a call gets its own reward and later ones")
+    registry.credit("per-role", lazy("leyden.credit:per_role"), summary="a role's calls get that role's rewards")
 
     registry.store("sqlite", lazy("leyden.sqlite:SQLiteStore"), summary="one SQLite file in the run's folder")
     registry.executor(
@@ -63,6 +90,8 @@ def leyden_register(registry: Registry) -> None:
     )
     registry.sink("jsonl", lazy("leyden_plugins.observers.jsonl:JsonlSink"), summary="metrics.jsonl in the run")
     registry.sink("report", lazy("leyden_plugins.observers.report:ReportSink"), summary="an HTML report of the run")
+    for name, path, summary in TRACKERS:
+        registry.sink(name, lazy(f"leyden_plugins.observers.{path}"), summary=summary)
 
     registry.command(
         "serve", lazy("leyden_plugins.gateway.command:serve_command"), summary="serve an export or a checkpoint"

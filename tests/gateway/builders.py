@@ -89,6 +89,7 @@ async def running(
     *,
     policies: Sequence[str] = ("sql",),
     record: Callable[[Sequence[Record]], Awaitable[None]] | None = None,
+    exact_continuation: bool = False,
     **limits: Any,
 ) -> AsyncIterator[Running]:
     """Run a gateway until the block ends."""
@@ -99,7 +100,7 @@ async def running(
     async def keep(batch: Sequence[Record]) -> None:
         records.extend(batch)
 
-    gateway = HttpGateway(limits=Limits(**limits))
+    gateway = HttpGateway(limits=Limits(**limits), exact_continuation=exact_continuation)
     await gateway.start(engine, record or keep)
     async with httpx.AsyncClient(base_url=gateway.base_url.removesuffix("/v1"), timeout=30) as client:
         try:

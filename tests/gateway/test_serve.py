@@ -176,3 +176,102 @@ def register(monkeypatch: pytest.MonkeyPatch, engine: Any) -> None:
     loaded = plugins.load_plugins([Entry("faker", "faker", "leyden")])
     # The package's `serve` is the function; the module of that name is found through the import system.
     monkeypatch.setattr(import_module("leyden_plugins.gateway.serve"), "load_plugins", lambda: loaded)
+
+
+def make_lora(folder: Path, base: str | None) -> Path:
+    """Write what tells PEFT's folder of a LoRA from others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)
+    (folder / "adapter_config.json").write_bytes(msgspec.json.encode({"r": 4, "base_model_name_or_path": base}))
+    return folder
+
+
+def test_all_loras_on_one_base_are_served_by_one_engine_beside_whole_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = exported(tmp_path / "out")
+    (base := tmp_path / "base").mkdir()
+    loras = [make_lora(out / "policies" / name, str(base)) for name in ("judge", "sql")]
+    whole = out / "policies" / "whole"
+    whole.mkdir()
+    (whole / "config.json").write_text("{}")
+    (out / "leyden.json").unlink()
+    made: dict[str, FakeEngine] = {}
+
+    def make(folder: str) -> FakeEngine:
+        made[folder] = FakeEngine(lambda request: f"{request.model} of {Path(folder).name}")
+        return made[folder]
+
+    register(monkeypatch, make)
+    assert list(model_folders(out)) == ["judge", "sql", "whole"]
+    with serve_folder(out, engine="fake") as endpoint:
+        texts = [
+            post(endpoint.base_url, ask(model=name)).json()["choices"][0]["message"]["content"]
+            for name in endpoint.models
+        ]
+    assert len(made) == 2
+    published = made[str(base)].published
+    assert [weights.folder for _, _, weights in published] == loras
+    assert texts == [f"{published[0][0]} of base", f"{published[1][0]} of base", "base of whole"]
+
+
+def test_a_lora_may_be_called_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "base").mkdir()
+    folder = make_lora(tmp_path / "sql", "../base")
+    register(monkeypatch, lambda folder: FakeEngine(f"on {Path(folder).name}"))
+    with serve_folder(folder, model_name="team/sql", engine="fake") as endpoint:
+        reply = post(endpoint.base_url, ask(model="team/sql"))
+        assert reply.json()["choices"][0]["message"]["content"] == "on base"
+
+
+@pytest.mark.parametrize("base", [None, "", "/nowhere/base", "../missing", "a/b/c"])
+def test_a_lora_whose_base_is_not_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str | None
+) -> None:
+    register(monkeypatch, lambda folder: FakeEngine())
+    folder = make_lora(tmp_path / "sql", base)
+    with pytest.raises(ConfigurationError, match=rf"base_model_name_or_path .* is {base!r}, which is no folder here"):
+        with serve_folder(folder, engine="fake"):
+            pass
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match="is not the configuration of a LoRA"):
+        with serve_folder(folder, engine="fake"):
+            pass
+
+
+def test_a_lora_whose_base_the_engine_cannot_load_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(FakeEngine):
+        async def start(self, policies: object) -> None:
+            raise ConfigurationError("no such model")
+
+    register(monkeypatch, lambda folder: Broken())
+    with pytest.raises(ConfigurationError, match=r"cannot serve '.*sql' on 'fake', the base named in .*no such model"):
+        with serve_folder(make_lora(tmp_path / "sql", "org/model"), engine="fake"):
+            pass
+
+
+def test_loras_of_peft_are_served_as_peft_runs_them(tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from tests.engines.asking import plain_logprobs
+    from tests.tiny import tiny_checkpoint
+
+    base = tiny_checkpoint(tmp_path / "base")
+    tokens = [9, 40, 70]
+    wanted = {}
+    for seed, name in enumerate(("critic", "sql")):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4 + seed, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+        model.save_pretrained(tmp_path / "step/policies" / name)
+        model.generation_config.eos_token_id = None
+        answer = model.generate(input_ids=torch.tensor([tokens]), do_sample=False, max_new_tokens=6)
+        wanted[name] = plain_logprobs(model, tokens, answer[0, len(tokens) :].tolist()).tolist()
+    with serve_folder(tmp_path / "step") as endpoint:
+        for name, logprobs in wanted.items():
+            body = {"model": name, "prompt": tokens, "temperature": 0, "max_tokens": 6, "logprobs": 1}
+            choice = httpx.post(f"{endpoint.base_url}/completions", json=body).json()["choices"][0]
+            assert choice["logprobs"]["token_logprobs"] == pytest.approx(logprobs, abs=1e-5)
+    assert wanted["critic"] != pytest.approx(wanted["sql"], abs=0.1)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from leyden import mdp
-from leyden.interfaces import Group, Learner, Loss, RolloutRecords, TrainingRow, Transition
+from leyden.interfaces import Batch, Group, Learner, RolloutRecords, Sample, Transition
 from leyden.roles import Policy
 from leyden.spans import Choice, Completion, Mode, Reward, Rollout, RolloutState, Status
 
@@ -141,7 +141,7 @@ def group(*rewards: float | None, group_id: str = "g0", speaks: bool = True) -> 
     return Group(group_id=group_id, task={}, rollouts=rollouts)
 
 
-def row(
+def sample(
     prompt: Sequence[int],
     tokens: Sequence[int],
     *,
@@ -149,7 +149,7 @@ def row(
     advantage: float = 1.0,
     weight: float = 1.0,
     temperature: float = 1.0,
-) -> TrainingRow:
+) -> Sample:
     one = transition(
         prompt=prompt,
         tokens=tokens,
@@ -158,18 +158,19 @@ def row(
         weight=weight,
         temperature=temperature,
     )
-    return mdp.rows([one], "calls")[0]
+    return mdp.samples([one])[0]
 
 
 @dataclass(kw_only=True)
 class RecordedSession:
-    """A session over given groups; hands rows to a learner where there is one, and keeps what it was told."""
+    """A session over given groups; hands samples to a learner where there is one, and keeps what it was told."""
 
     groups: Callable[[int], Sequence[Group]]
     policies: Sequence[Policy] = (POLICY,)
     total_steps: int = 1
     learner: Learner | None = None
-    updates: list[tuple[str, Sequence[Sequence[TrainingRow]], Loss]] = field(default_factory=list)
+    max_staleness: int = 0
+    updates: list[tuple[str, Sequence[Batch]]] = field(default_factory=list)
     finished: list[Mapping[str, float]] = field(default_factory=list)
     asked_group_size: int = 0
 
@@ -177,19 +178,38 @@ class RecordedSession:
         for step in range(1, self.total_steps + 1):
             yield step
 
-    async def sample(self, step: int, *, group_size: int) -> Sequence[Group]:
+    async def sample(
+        self, step: int, *, group_size: int, accept: Callable[[Group], bool] | None = None, most_batches: int = 1
+    ) -> Sequence[Group]:
         self.asked_group_size = group_size
-        return self.groups(step)
+        found = self.groups(step)
+        return found if accept is None else [one for one in found if accept(one)]
+
+    async def replay(self, step: int, *, count: int, max_age: int) -> Sequence[Group]:
+        return ()
 
     def transitions(self, groups: Sequence[Group], policy: Policy) -> Sequence[Transition]:
         return [one for group in groups for each in group.rollouts for one in mdp.transitions(each, [policy])]
 
-    async def update(self, policy: Policy, batches: Sequence[Sequence[TrainingRow]], loss: Loss) -> Mapping[str, float]:
-        self.updates.append((policy.name, batches, loss))
+    def staleness(self, transition: Transition) -> int:
+        return 0
+
+    async def logprobs(
+        self, policy: Policy, transitions: Sequence[Transition], *, reference: bool = False
+    ) -> Sequence[Sequence[float]]:
+        assert self.learner is not None
+        return self.learner.logprobs(policy.name, mdp.samples(transitions), reference=reference)
+
+    async def values(self, policy: Policy, transitions: Sequence[Transition]) -> Sequence[Sequence[float]]:
+        assert self.learner is not None
+        return self.learner.values(policy.name, mdp.samples(transitions))
+
+    async def update(self, policy: Policy, batches: Sequence[Batch]) -> Mapping[str, float]:
+        self.updates.append((policy.name, batches))
         metrics: dict[str, float] = {}
         for batch in batches:
             if self.learner is not None:
-                metrics = dict(self.learner.forward_backward(policy.name, batch, loss))
+                metrics = dict(self.learner.forward_backward(policy.name, batch))
                 metrics |= self.learner.optim_step(policy.name, policy.learning_rate)
         return metrics
 

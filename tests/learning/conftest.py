@@ -21,7 +21,7 @@ def tied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("tied"), tied=True)
 
 
-def write_checkpoint(folder: Path, *, tied: bool, **options: object) -> Path:
+def write_checkpoint(folder: Path, *, tied: bool, context: int = 128, **options: object) -> Path:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
@@ -31,7 +31,7 @@ def write_checkpoint(folder: Path, *, tied: bool, **options: object) -> Path:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
-        max_position_embeddings=128,
+        max_position_embeddings=context,
         tie_word_embeddings=tied,
         initializer_range=0.2,  # so that the answers depend on the prompt from the start
         bos_token_id=None,

@@ -9,9 +9,10 @@ import pytest
 
 from leyden import mdp
 from leyden.errors import ConfigurationError
-from leyden.interfaces import Algorithm, Group, Transition
+from leyden.interfaces import Algorithm, Group, Objective, Sample, Transition
 from leyden.roles import Policy, Sampling
-from leyden_plugins.algorithms.rl import GRPO, annotate
+from leyden_plugins.algorithms.rl import GRPO
+from leyden_plugins.algorithms.rl.estimators import group_relative
 from tests.learning.builders import POLICY, RecordedSession, call, choice, group, records
 
 
@@ -20,7 +21,7 @@ def transitions_of(*groups: Group) -> list[Transition]:
 
 
 def advantages(*groups: Group, normalise_std: bool = True) -> list[float]:
-    return [one.advantage for one in annotate(transitions_of(*groups), groups, normalise_std=normalise_std)]
+    return [one.advantage for one in group_relative(transitions_of(*groups), groups, normalise_std=normalise_std)]
 
 
 # ---- advantages ------------------------------------------------------------------------------------------------
@@ -53,14 +54,14 @@ def test_rollouts_in_which_the_role_was_silent_count_in_the_baseline() -> None:
     spoke = group(1.0)
     silent = group(0.0, 0.0, 0.0, group_id="silent", speaks=False)
     both = Group(group_id="g0", task={}, rollouts=[*spoke.rollouts, *silent.rollouts])
-    found = annotate(transitions_of(spoke), [both], normalise_std=False)
+    found = group_relative(transitions_of(spoke), [both], normalise_std=False)
     assert [one.advantage for one in found] == [0.75]
 
 
 def test_the_baseline_is_of_what_credit_assignment_gave() -> None:
     one = group(1.0, 1.0)
     first, second = transitions_of(one)
-    found = annotate([replace(first, value=1.5), second], [one], normalise_std=False)
+    found = group_relative([replace(first, value=1.5), second], [one], normalise_std=False)
     assert [each.advantage for each in found] == pytest.approx([0.25, -0.25])
 
 
@@ -72,39 +73,45 @@ def run(algorithm: Algorithm, session: RecordedSession) -> RecordedSession:
     return session
 
 
+def objectives(session: RecordedSession) -> list[Objective]:
+    """Return what was handed to the learner, in order."""
+    return [objective for _, batches in session.updates for batch in batches for objective in batch]
+
+
+def weight_of(samples: Sequence[Sample]) -> float:
+    return sum(sum(sample.weights) for sample in samples)
+
+
 def test_a_step_is_sampled_weighed_updated_and_finished() -> None:
     session = run(GRPO(group_size=2), RecordedSession(groups=lambda _step: [group(1.0, 0.0)]))
-    ((policy, (batch,), loss),) = session.updates
+    ((policy, ((objective,),)),) = session.updates
+    loss, batch = objective.loss, objective.samples
     assert session.asked_group_size == 2
     assert (policy, loss.name, dict(loss.options)) == (
         "sql",
         "policy_gradient_clip",
         {"clip_low": 0.2, "clip_high": 0.2},
     )
-    scores = [value for row in batch for value, trained in zip(row.advantages, row.mask, strict=True) if trained]
-    assert sorted(scores) == pytest.approx([-(0.5**0.5)] * 2 + [0.5**0.5] * 2)
-    assert sum(sum(row.weights) for row in batch) == pytest.approx(1.0)
-    (metrics,) = session.finished
-    assert metrics == pytest.approx(
-        {
-            "reward/mean": 0.5,
-            "reward/std": 0.5,
-            "groups/total": 1.0,
-            "groups/without_signal": 0.0,
-            "transitions/admitted": 2.0,
-            "samples/identical_groups": 0.0,
-            "mdp/merge_ratio": 1.0,
-            "advantage/std": 0.5**0.5,
-            "tokens/trained": 4.0,
-        }
+    assert sorted(value for sample in batch for value in sample.advantages) == pytest.approx(
+        [-(0.5**0.5)] * 2 + [0.5**0.5] * 2
     )
+    assert weight_of(batch) == pytest.approx(1.0)
+    (metrics,) = session.finished
+    expected = {
+        "reward/mean": 0.5,
+        "groups/without_signal": 0.0,
+        "transitions/admitted": 2.0,
+        "advantage/std": 0.5**0.5,
+        "tokens/trained": 4.0,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
 
 
 def test_rollouts_without_signal_count_in_the_weights_but_are_not_computed() -> None:
     groups = [group(1.0, 0.0), group(1.0, 1.0, group_id="g1")]
-    ((_, (batch,), _),) = run(GRPO(group_size=2), RecordedSession(groups=lambda _step: groups)).updates
-    assert len(batch) == 2
-    assert sum(sum(row.weights) for row in batch) == pytest.approx(0.5)
+    ((_, ((objective,),)),) = run(GRPO(group_size=2), RecordedSession(groups=lambda _step: groups)).updates
+    assert len(objective.samples) == 2
+    assert weight_of(objective.samples) == pytest.approx(0.5)
 
 
 def test_a_step_without_signal_takes_no_update() -> None:
@@ -115,20 +122,21 @@ def test_a_step_without_signal_takes_no_update() -> None:
 
 def test_a_mini_batch_without_signal_is_skipped() -> None:
     groups = [group(1.0, 0.0), group(1.0, 1.0, group_id="g1")]
-    ((_, batches, _),) = run(GRPO(updates_per_step=2), RecordedSession(groups=lambda _step: groups)).updates
-    assert [sum(sum(row.weights) for row in batch) for batch in batches] == pytest.approx([1.0])
+    session = run(GRPO(updates_per_step=2), RecordedSession(groups=lambda _step: groups))
+    assert [weight_of(objective.samples) for objective in objectives(session)] == pytest.approx([1.0])
 
 
 def test_mini_batches_hold_whole_groups() -> None:
     groups = [group(1.0, 0.0, group_id=f"g{number}") for number in range(4)]
-    ((_, batches, _),) = run(GRPO(updates_per_step=2), RecordedSession(groups=lambda _step: groups)).updates
-    assert [len(batch) for batch in batches] == [4, 4]
-    assert all(sum(sum(row.advantages) for row in batch) == pytest.approx(0.0) for batch in batches)
+    found = objectives(run(GRPO(updates_per_step=2), RecordedSession(groups=lambda _step: groups)))
+    assert [len(objective.samples) for objective in found] == [4, 4]
+    for objective in found:
+        assert sum(sum(sample.advantages) for sample in objective.samples) == pytest.approx(0.0)
 
 
 def test_an_asymmetric_clip_reaches_the_loss() -> None:
     session = run(GRPO(clip=0.1, clip_high=0.3), RecordedSession(groups=lambda _step: [group(1.0, 0.0)]))
-    assert dict(session.updates[0][2].options) == {"clip_low": 0.1, "clip_high": 0.3}
+    assert dict(objectives(session)[0].loss.options) == {"clip_low": 0.1, "clip_high": 0.3}
 
 
 def test_several_policies_are_updated_apart_and_frozen_ones_never() -> None:
@@ -143,7 +151,7 @@ def test_several_policies_are_updated_apart_and_frozen_ones_never() -> None:
 
     one = Group(group_id="g0", task={}, rollouts=[*rollout(0).rollouts, *rollout(1).rollouts])
     session = run(GRPO(group_size=2), RecordedSession(groups=lambda _step: [one], policies=policies))
-    assert [name for name, _, _ in session.updates] == ["sql", "other"]
+    assert [name for name, _ in session.updates] == ["sql", "other"]
     assert session.finished[0]["sql/tokens/trained"] == session.finished[0]["other/tokens/trained"] == 2.0
 
 
@@ -183,9 +191,10 @@ def test_off_distribution_calls_are_refused_with_their_parameters() -> None:
 
 def test_off_distribution_calls_are_left_out_on_request() -> None:
     session = RecordedSession(groups=lambda _step: [off_distribution_group()])
-    ((_, (batch,), _),) = run(GRPO(off_distribution="drop", normalise_std=False), session).updates
+    run(GRPO(off_distribution="drop", normalise_std=False), session)
     # The dropped rollout still has its reward (0) in the baseline: the mean of 0, 1 and 2 is 1.
-    assert [row.advantages[-1] for row in batch] == pytest.approx([1.0])
+    (objective,) = objectives(session)
+    assert [sample.advantages[-1] for sample in objective.samples] == pytest.approx([1.0])
     assert session.finished[0]["transitions/admitted"] == 2.0
 
 
@@ -213,7 +222,6 @@ def test_a_run_with_nothing_to_train_is_refused() -> None:
         (lambda: GRPO(clip_high=-0.1), r"clip_high=-0\.1"),
         (lambda: GRPO(updates_per_step=0), "updates_per_step=0"),
         (lambda: GRPO(normalisation="sum"), "normalisation='sum'"),  # type: ignore[arg-type]
-        (lambda: GRPO(layout="packed"), "layout='packed'"),  # type: ignore[arg-type]
         (lambda: GRPO(off_distribution="ignore"), "off_distribution='ignore'"),  # type: ignore[arg-type]
     ],
 )

@@ -2,7 +2,8 @@
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 
 from leyden import mdp
 from leyden.errors import ConfigurationError, EngineError, RewardError
-from leyden.interfaces import RolloutRecords, Transition
+from leyden.interfaces import RolloutRecords, Sample, Transition
+from leyden.layouts import Attention, Row, merged, one_row_a_call, packed
 from leyden.roles import Policy
 from leyden.spans import Choice, Completion, RolloutState, Status
-from tests.learning.builders import POLICY, call, choice, group, records, reward, rich_transitions, transition
+from tests.learning.builders import POLICY, call, choice, records, reward, rich_transitions, transition
 
 
 def spans_of(one: RolloutRecords, **options: Any) -> list[tuple[str, int]]:
@@ -126,6 +128,13 @@ def test_a_credit_function_of_the_wrong_length_is_refused() -> None:
         mdp.transitions(records(call([1], choice([2]))), [POLICY], credit=lambda _records, _transitions: [])
 
 
+LAYOUTS = (
+    one_row_a_call,
+    merged,
+    lambda samples: packed(samples, Attention(pair_cost=0.0, mask_entries=None), longest=99),
+)
+
+
 # ---- properties ------------------------------------------------------------------------------------------------
 
 
@@ -179,21 +188,22 @@ def stories(draw: st.DrawFn) -> Story:
     return Story(completions, trained)
 
 
-@given(stories(), st.sampled_from(["calls", "merged"]))
+@given(stories(), st.sampled_from(LAYOUTS))
 @settings(max_examples=300)
 def test_each_admitted_token_is_trained_once_in_its_own_context_and_no_other_ever(
-    story: Story, layout: mdp.Layout
+    story: Story, layout: Callable[[Sequence[Sample]], list[Row]]
 ) -> None:
-    found = mdp.transitions(records(*story.completions), [POLICY])
+    samples = mdp.samples(mdp.weigh(mdp.transitions(records(*story.completions), [POLICY]), "token_mean"))
     trained: Counter[float] = Counter()
-    for row in mdp.rows(mdp.weigh(found, "token_mean"), layout):
-        assert len(row.token_ids) == len(row.mask) == len(row.weights) == len(row.advantages) == len(row.logprobs)
-        for position, is_trained in enumerate(row.mask):
-            if is_trained:
-                trained[row.logprobs[position]] += 1
-                assert tuple(row.token_ids[: position + 1]) == story.trained[row.logprobs[position]]
-            else:
-                assert row.weights[position] == row.logprobs[position] == 0
+    for row in layout(samples):
+        for index, places in row.samples.items():
+            sample = samples[index]
+            assert len(sample.token_ids) == len(sample.weights) == len(sample.advantages) == len(sample.logprobs)
+            for place, token, unique in zip(places, sample.token_ids, sample.logprobs, strict=True):
+                trained[unique] += 1
+                until = row.seen_until or [len(row.token_ids)] * len(row.token_ids)
+                seen = [row.token_ids[k] for k in range(place + 1) if place < until[k]]
+                assert (*seen, token) == story.trained[unique]
     assert trained == Counter(story.trained.keys())
 
 
@@ -204,50 +214,9 @@ def test_the_order_of_arrival_does_not_matter(story: Story, rng: random.Random) 
     first = mdp.transitions(records(*story.completions), [POLICY])
     second = mdp.transitions(records(*shuffled), [POLICY])
     assert first == second
-    rng.shuffle(second)
-    assert mdp.rows(first, "merged") == mdp.rows(second, "merged")
 
 
-@given(stories())
-def test_merged_rows_never_hold_more_tokens_than_one_row_a_call(story: Story) -> None:
-    found = mdp.transitions(records(*story.completions), [POLICY])
-    merged, calls = mdp.rows(found, "merged"), mdp.rows(found, "calls")
-    assert sum(len(row.token_ids) for row in merged) <= sum(len(row.token_ids) for row in calls)
-
-
-def test_a_conversation_of_turns_becomes_one_row() -> None:
-    turns = [
-        transition(prompt=[1], tokens=[2, 3], span_id="a"),
-        transition(prompt=[1, 2, 3, 4], tokens=[5], span_id="b"),
-        transition(prompt=[1, 2, 3, 4, 5, 6], tokens=[7], span_id="c"),
-    ]
-    (row,) = mdp.rows(turns, "merged")
-    assert row.token_ids == [1, 2, 3, 4, 5, 6, 7]
-    assert row.mask == [False, True, True, False, True, False, True]
-
-
-def test_a_broken_prefix_starts_a_row_of_its_own() -> None:
-    turns = [transition(prompt=[1], tokens=[2, 3], span_id="a"), transition(prompt=[1, 2, 9], tokens=[5], span_id="b")]
-    assert [row.token_ids for row in mdp.rows(turns, "merged")] == [[1, 2, 3], [1, 2, 9, 5]]
-
-
-def test_a_repeated_sample_and_another_temperature_get_rows_of_their_own() -> None:
-    calls = [
-        transition(prompt=[1], tokens=[2], span_id="a"),
-        transition(prompt=[1], tokens=[2], span_id="b"),
-        transition(prompt=[1, 2, 3], tokens=[4], span_id="c", temperature=0.5),
-    ]
-    rows = mdp.rows(calls, "merged")
-    assert sorted((tuple(row.token_ids), row.temperature, sum(row.mask)) for row in rows) == [
-        ((1, 2), 1.0, 1),
-        ((1, 2), 1.0, 1),
-        ((1, 2, 3, 4), 0.5, 1),
-    ]
-
-
-def test_an_unknown_layout_or_normalisation_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="layout='tree' is unknown"):
-        mdp.rows([], "tree")  # type: ignore[arg-type]
+def test_an_unknown_normalisation_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="normalisation='mean' is unknown"):
         mdp.weigh([], "mean")  # type: ignore[arg-type]
 
@@ -282,12 +251,17 @@ def test_token_mean_lets_every_token_weigh_equally() -> None:
 
 
 @pytest.mark.parametrize("normalisation", ["per_rollout", "per_call", "token_mean"])
-@pytest.mark.parametrize("layout", ["calls", "merged"])
-def test_the_weights_of_a_batch_sum_to_one_in_every_layout(
-    normalisation: mdp.Normalisation, layout: mdp.Layout
-) -> None:
-    rows = mdp.rows(mdp.weigh(rich_transitions(9), normalisation), layout)
-    assert sum(sum(row.weights) for row in rows) == pytest.approx(1.0)
+def test_the_weights_of_a_batch_sum_to_one(normalisation: mdp.Normalisation) -> None:
+    samples = mdp.samples(mdp.weigh(rich_transitions(9), normalisation))
+    assert sum(sum(sample.weights) for sample in samples) == pytest.approx(1.0)
+
+
+def test_a_sample_carries_what_stands_for_each_token() -> None:
+    one = transition(tokens=[3, 4], weight=0.5, advantage=2.0)
+    (plain,) = mdp.samples([one])
+    assert (list(plain.weights), list(plain.advantages)) == ([0.5, 0.5], [2.0, 2.0])
+    (own,) = mdp.samples([replace(one, corrections=[1.0, 0.25], token_advantages=[1.0, -1.0])])
+    assert (list(own.weights), list(own.advantages)) == ([0.5, 0.125], [1.0, -1.0])
 
 
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 3))
@@ -306,24 +280,3 @@ def test_batches_are_drawn_anew_for_every_seed() -> None:
     every = [transition(group_id=f"g{i}") for i in range(8)]
     orders = {tuple(one.group_id for batch in mdp.cut(every, 2, seed=str(seed)) for one in batch) for seed in range(5)}
     assert len(orders) > 1
-
-
-# ---- metrics ---------------------------------------------------------------------------------------------------
-
-
-def test_reward_metrics_leave_out_rollouts_without_a_reward() -> None:
-    metrics = mdp.reward_metrics([group(1.0, 0.0, None), group(0.5, 0.5, group_id="g1"), group(None, group_id="g2")])
-    assert metrics == pytest.approx(
-        {"reward/mean": 0.5, "reward/std": 0.125**0.5, "groups/total": 3.0, "groups/without_signal": 2.0}
-    )
-
-
-def test_identical_groups_and_the_merge_ratio_are_counted() -> None:
-    same = [transition(rollout_id=f"r{i}", group_id="same") for i in range(3)]
-    differ = [transition(rollout_id=f"d{i}", group_id="differ", tokens=[i, 5]) for i in range(3)]
-    turn = [transition(rollout_id="r0", group_id="same", prompt=[1, 2, 3, 4], tokens=[5], span_id="s1")]
-    assert mdp.sample_metrics([*same, *differ])["samples/identical_groups"] == 1
-    metrics = mdp.sample_metrics([same[0], *turn])
-    assert metrics["mdp/merge_ratio"] == pytest.approx(5 / 9)
-    assert metrics["transitions/admitted"] == 2
-    assert mdp.sample_metrics([])["mdp/merge_ratio"] == 1.0

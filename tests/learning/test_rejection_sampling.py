@@ -29,10 +29,11 @@ def test_a_threshold_keeps_every_reward_that_reaches_it() -> None:
 
 def test_kept_samples_are_trained_by_cross_entropy_with_weights_that_sum_to_one() -> None:
     session = run(RejectionSampling(keep=1.0), group(1.0, 0.0, 1.0))
-    ((_, (batch,), loss),) = session.updates
+    ((_, ((objective,),)),) = session.updates
+    loss, batch = objective.loss, objective.samples
     assert (loss.name, dict(loss.options)) == ("cross_entropy", {})
-    assert sorted(row.token_ids[-1] for row in batch) == [0, 2]
-    assert sum(sum(row.weights) for row in batch) == pytest.approx(1.0)
+    assert sorted(sample.token_ids[-1] for sample in batch) == [0, 2]
+    assert sum(sum(sample.weights) for sample in batch) == pytest.approx(1.0)
     assert session.finished[0]["rollouts/kept"] == 2.0
     assert session.finished[0]["tokens/trained"] == 4.0
 
@@ -40,7 +41,8 @@ def test_kept_samples_are_trained_by_cross_entropy_with_weights_that_sum_to_one(
 def test_samples_drawn_greedily_are_imitated_at_temperature_1() -> None:
     greedy = records(call([1], choice([2]), sampling={"temperature": 0.0}, off_distribution=True))
     session = run(RejectionSampling(keep=1.0), Group(group_id="g0", task={}, rollouts=[greedy]))
-    assert [row.temperature for row in session.updates[0][1][0]] == [1.0]
+    ((_, ((objective,),)),) = session.updates
+    assert [sample.temperature for sample in objective.samples] == [1.0]
 
 
 def test_a_step_with_nothing_to_keep_takes_no_update() -> None:
@@ -52,7 +54,7 @@ def test_a_step_with_nothing_to_keep_takes_no_update() -> None:
 def test_mini_batches_hold_whole_groups() -> None:
     groups = [group(1.0, 0.0, group_id=f"g{number}") for number in range(4)]
     session = run(RejectionSampling(updates_per_step=2), *groups)
-    assert [len(batch) for batch in session.updates[0][1]] == [2, 2]
+    assert [len(objective.samples) for (objective,) in session.updates[0][1]] == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import httpx
 
 import leyden
 from leyden.context import current
-from leyden.interfaces import Loss, TrainingRow, Weights
+from leyden.interfaces import Batch, Sample, Weights
 from leyden.roles import Policy
 from leyden.testing.fakes import FakeEngine
 from leyden_plugins.algorithms.rl import GRPO
@@ -48,21 +48,24 @@ class SmallEngine(FakeEngine):
 
 
 class CountingLearner:
-    """Its weights are the number of optimizer steps; it keeps the rows that it was given."""
+    """Its weights are the number of optimizer steps; it keeps the samples that it was given."""
 
     def __init__(self) -> None:
         self.steps: dict[str, int] = {}
-        self.rows: list[tuple[str, TrainingRow]] = []
+        self.samples: list[tuple[str, Sample]] = []
 
     def open(self, policies: Sequence[Policy], model: str, *, seed: int) -> None:
         self.steps = {policy.name: 0 for policy in policies if policy.trainable}
 
-    def forward_backward(self, policy: str, rows: Sequence[TrainingRow], loss: Loss) -> Mapping[str, float]:
-        self.rows += [(policy, row) for row in rows]
+    def forward_backward(self, policy: str, batch: Batch) -> Mapping[str, float]:
+        self.samples += [(policy, sample) for objective in batch for sample in objective.samples]
         return {"loss": 0.0}
 
-    def logprobs(self, policy: str, rows: Sequence[TrainingRow]) -> Sequence[Sequence[float]]:
-        return [[value for value, kept in zip(row.logprobs, row.mask, strict=True) if kept] for row in rows]
+    def logprobs(self, policy: str, samples: Sequence[Sample], *, reference: bool = False) -> Sequence[Sequence[float]]:
+        return [sample.logprobs for sample in samples]
+
+    def values(self, policy: str, samples: Sequence[Sample]) -> Sequence[Sequence[float]]:
+        return [[0.0] * len(sample.token_ids) for sample in samples]
 
     def optim_step(self, policy: str, learning_rate: float) -> Mapping[str, float]:
         self.steps[policy] += 1

@@ -118,7 +118,7 @@ def test_emitted_rewards_count_and_the_same_one_twice_is_an_error():
         return 1
 
     records: list[Record] = []
-    assert attempt(once, records=records).rewards == {"style": 0.25, "reward": 1.0}
+    assert attempt(once, records=records).rewards == {"style": 0.25, "turn": 0.0, "reward": 1.0}
     assert len([record for record in records if isinstance(record, Reward)]) == 4
 
     def twice(task):

@@ -315,5 +315,7 @@ def test_a_program_is_trained_by_its_calls_to_the_gateway(tmp_path: Path) -> Non
         trainer.fit(1)
     assert "roles seen (model calls): main 2" in notes.lines
     assert learner.steps == {"p": 1}
-    assert sum(sum(row.mask) for _, row in learner.rows) == 8, "two tokens ('0' or '1', and the end) of four rollouts"
+    assert sum(len(sample.token_ids) for _, sample in learner.samples) == 8, (
+        "two tokens ('0' or '1', and the end) of four rollouts"
+    )
     assert "agent.py" in json.loads((tmp_path / "run" / "run.json").read_text())["agent"]

@@ -82,7 +82,7 @@ def test_hanging_agents_time_out_are_trained_and_take_no_place_from_the_others(r
     summary = trainer.fit(2)
     assert summary["failures"] == {"TimeoutError": 8}
     assert {rollout.reward for rollout in stored(run)[0] if rollout.error_type} == {0.0}
-    assert {max(row.advantages) > 0 for _, row in learner.rows} == {True, False}, "failures are trained"
+    assert {max(row.advantages) > 0 for _, row in learner.samples} == {True, False}, "failures are trained"
 
 
 def test_an_agent_that_changes_its_task_changes_nobody_elses(run):
@@ -149,7 +149,7 @@ def test_a_killed_workers_attempts_are_made_again_and_only_the_second_ones_are_t
     assert any(isinstance(one, Completion) and one.attempt == 1 for one in late(run, again.rollout_id))
     counted = [rollout_id for update in updates for rollout_id in update.rollout_ids]
     assert sorted(counted) == sorted(rollout.rollout_id for rollout in rollouts)
-    trained = sum(sum(row.mask) for _, row in learner.rows)
+    trained = sum(len(sample.token_ids) for _, sample in learner.samples)
     assert trained == sum(
         len(choice.token_ids)
         for one in records(run, *counted)

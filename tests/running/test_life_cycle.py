@@ -281,7 +281,7 @@ def test_a_policy_that_is_not_trainable_is_served_and_recorded_and_never_trained
     learner = CountingLearner()
     policies = [Policy("me", roles=["main"]), Policy("frozen", roles=["opponent"], trainable=False)]
     small_trainer(run, agent, policies=policies, learner=learner).fit(2)
-    assert {name for name, _ in learner.rows} == {"me"}
+    assert {name for name, _ in learner.samples} == {"me"}
     [one] = records(run, stored(run)[0][0].rollout_id)
     assert [completion.policy for completion in one.completions] == ["frozen", "me"]
 
@@ -301,8 +301,8 @@ def test_a_reward_for_one_role_reaches_the_loss_of_that_role_alone(run):
     learner = CountingLearner()
     policies = [Policy("a", roles=["writer"]), Policy("b", roles=["critic"])]
     small_trainer(run, agent, policies=policies, learner=learner).fit(1)
-    assert {name for name, _ in learner.rows} == {"a"}
-    signs = {max(row.advantages) > 0 for _, row in learner.rows if any(row.advantages)}
+    assert {name for name, _ in learner.samples} == {"a"}
+    signs = {max(row.advantages) > 0 for _, row in learner.samples if any(row.advantages)}
     assert signs == {True, False}
 
 
@@ -343,7 +343,7 @@ def test_an_overlong_answer_is_masked_where_the_user_says_so(tmp_path):
     learners = {mask: CountingLearner() for mask in (False, True)}
     for mask, learner in learners.items():
         small_trainer(tmp_path / str(mask), agent, learner=learner, mask_overlong=mask).fit(1)
-    assert learners[False].rows and not learners[True].rows
+    assert learners[False].samples and not learners[True].samples
 
 
 def test_an_evaluation_leaves_out_what_was_dropped_on_purpose_and_counts_failures(run):

@@ -6,7 +6,7 @@ import pytest
 
 import leyden
 from leyden.errors import ConfigurationError, EngineError, RoleError
-from leyden.interfaces import Group, RolloutRecords, TrainingRow, Transition
+from leyden.interfaces import Group, RolloutRecords, Sample, Transition
 from leyden.roles import check_roles
 from leyden.running.rollouts import Tally
 from leyden.spans import Mode, Rollout, RolloutState
@@ -21,11 +21,8 @@ class EchoLearner:
     def __init__(self, shift: float = 0.0) -> None:
         self.shift = shift
 
-    def logprobs(self, policy: str, rows: Sequence[TrainingRow]) -> list[list[float]]:
-        return [
-            [logprob + self.shift for logprob, is_sampled in zip(row.logprobs, row.mask, strict=True) if is_sampled]
-            for row in rows
-        ]
+    def logprobs(self, policy: str, samples: Sequence[Sample], *, reference: bool = False) -> list[list[float]]:
+        return [[logprob + self.shift for logprob in sample.logprobs] for sample in samples]
 
 
 def rollout(index: int, reward: float | None, *, error_type: str | None = None, error: str | None = None) -> Rollout:

@@ -36,6 +36,8 @@ def test_an_export_describes_each_trained_policy_and_holds_its_folder(run: Path,
                 "roles": ["writer", "rewriter"],
                 "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0},
                 "base_sha256": "0" * 64,
+                "base_model": None,
+                "lora_rank": None,
             }
         },
         "prompts": {"checker": "Be strict."},
@@ -149,3 +151,61 @@ def test_a_run_that_is_being_written_can_be_exported(run: Path, tmp_path: Path) 
 
     described = json.loads((asyncio.run(beside()) / "leyden.json").read_text())
     assert described["policies"]["sql"]["version"] == 9
+
+
+def make_adapter(folder: Path, *, base: str | None, rank: int = 16) -> None:
+    """Turn a policy's folder into PEFT's of a LoRA."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 32, "base_model_name_or_path": base, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").write_bytes(b"factors")
+
+
+def test_an_adapter_is_exported_with_the_base_it_needs(run: Path, tmp_path: Path) -> None:
+    make_adapter(run / "checkpoints/step-000003/policies/sql", base="Qwen/Qwen3-0.6B", rank=20)
+    out = export(run, tmp_path / "out")
+    described = read_export(out).policies["sql"]
+    assert (described.base_model, described.lora_rank, described.base_sha256) == ("Qwen/Qwen3-0.6B", 20, "0" * 64)
+    assert (out / "policies/sql/adapter_model.safetensors").read_bytes() == b"factors"
+    config = json.loads((out / "policies/sql/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"], config["bias"]) == ("Qwen/Qwen3-0.6B", 20, "none")
+
+
+def test_serve_md_serves_all_adapters_of_a_base_with_one_command(run: Path, tmp_path: Path) -> None:
+    policies = run / "checkpoints/step-000003/policies"
+    record = run_record(3)
+    described = record["policies"]
+    assert isinstance(described, dict)
+    write_json(run / RUN, record | {"policies": described | {"critic": described["sql"], "whole": described["sql"]}})
+    shutil.copytree(policies / "sql", policies / "whole")
+    make_adapter(policies / "sql", base="org/base", rank=16)
+    make_adapter(policies / "critic", base="org/base", rank=20)
+    text = (export(run, tmp_path / "out") / "SERVE.md").read_text()
+    assert "leyden serve out --port 8000" in text
+    assert (
+        "    vllm serve org/base --enable-lora --max-loras 2 --max-lora-rank 32 "
+        "--lora-modules sql=policies/sql critic=policies/critic\n"
+    ) in text
+    assert "    vllm serve policies/whole --served-model-name whole\n" in text
+
+
+def test_a_base_named_relative_to_where_the_run_began_is_found_from_anywhere(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "project/models/tiny").mkdir(parents=True)
+    write_json(run / RUN, run_record(3) | {"working_folder": str(tmp_path / "project")})
+    make_adapter(run / "checkpoints/step-000003/policies/sql", base="models/tiny")
+    out = export(run, tmp_path / "out")
+    wanted = str(tmp_path / "project/models/tiny")
+    assert json.loads((out / "policies/sql/adapter_config.json").read_text())["base_model_name_or_path"] == wanted
+    assert read_export(out).policies["sql"].base_model == wanted
+    kept = json.loads((run / "checkpoints/step-000003/policies/sql/adapter_config.json").read_text())
+    assert kept["base_model_name_or_path"] == "models/tiny", "the checkpoint is left as it is"
+
+
+def test_an_adapter_that_names_no_base_gets_the_runs(run: Path, tmp_path: Path) -> None:
+    make_adapter(run / "checkpoints/step-000003/policies/sql", base=None)
+    write_json(run / RUN, run_record(3) | {"base_model": "org/base"})
+    assert read_export(export(run, tmp_path / "out")).policies["sql"].base_model == "org/base"
+    write_json(run / RUN, {key: value for key, value in run_record(3).items() if key != "base_model"})
+    with pytest.raises(ConfigurationError, match="names no base"):
+        export(run, tmp_path / "other")

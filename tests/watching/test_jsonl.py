@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from leyden import mdp
 from leyden_plugins.learners.torch.losses import Statistics
 from leyden_plugins.observers.jsonl import JsonlSink, read_metrics
-from leyden_plugins.observers.metrics import CHARTS, METRICS, base_name, matches, unit_of
+from leyden_plugins.observers.metrics import CHARTS, METRICS, THEMES, base_name, matches, unit_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -63,18 +62,18 @@ def test_a_run_without_metrics_has_none(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == {}
 
 
-def test_the_docs_list_exactly_the_declared_metrics() -> None:
-    rows = re.findall(r"^\| `([^`]+)` \| (.+?) \| (.+) \|$", DOCS.read_text(), flags=re.MULTILINE)
-    assert rows == [(name, metric.unit, metric.meaning) for name, metric in METRICS.items()]
-
-
-def test_what_the_core_measures_is_declared() -> None:
-    names = [*mdp.reward_metrics([]), *mdp.sample_metrics([])]
-    assert [name for name in names if base_name(name) is None] == []
+def test_the_docs_list_exactly_the_declared_metrics_by_theme() -> None:
+    _, *parts = re.split(r"^### (.+)$", DOCS.read_text().partition("\n## What to look at")[0], flags=re.MULTILINE)
+    row = re.compile(r"^\| `([^`]+)` \| (.+?) \| (.+) \|$", flags=re.MULTILINE)
+    listed = {theme: row.findall(text) for theme, text in zip(parts[::2], parts[1::2], strict=True)}
+    assert listed == {
+        theme: [(name, metric.unit, metric.meaning) for name, metric in metrics.items()]
+        for theme, metrics in THEMES.items()
+    }
 
 
 def test_what_the_learner_measures_is_declared() -> None:
-    names = Statistics({}).metrics()
+    names = Statistics().metrics()
     assert [name for name in names if base_name(name) is None] == []
 
 
@@ -84,6 +83,9 @@ def test_what_the_learner_measures_is_declared() -> None:
         ("loss/entropy", "nats a token"),
         ("sql/loss/entropy", "nats a token"),
         ("evaluation/first_query", "reward"),
+        ("reward/role/writer/style", "reward"),
+        ("rollouts/failed", "rollouts"),
+        ("rollouts/failed/ToolError", "rollouts"),
         ("acme/own", ""),
     ],
 )

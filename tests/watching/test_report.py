@@ -126,13 +126,17 @@ def test_a_key_never_reaches_the_page(tmp_path: Path, monkeypatch: pytest.Monkey
     assert Page(text).data["summary"] != {}
 
 
+SHARES = "No signal, distinct answers, failed, cut off"
+
+
 def test_the_page_holds_figures_curves_tables_and_rollouts(run: Path) -> None:
     data = Page(write_report(run).read_text()).data
     assert data["summary"] == json.loads(json.dumps(summary(run, 4)))
     assert data["run"]["seed"] == 7
     titles = [one["title"] for one in data["charts"]]
-    assert titles[:4] == ["Reward", "Held-out, by reward name", "Clip fraction", "Probability ratio"]
+    assert titles[:4] == ["Reward", "Held-out, by reward name", "Reward, by role", SHARES]
     assert {"Gradient norm", "Entropy", "Throughput", "Loss"} <= set(titles)
+    assert "Reward, by name" not in titles, "one name shows what the reward does"
     assert titles[-1] == "acme/own", "a metric of nobody's knowledge is drawn too"
     rollouts = data["rollouts"]
     assert isinstance(rollouts, list)
@@ -145,6 +149,12 @@ def test_the_page_holds_figures_curves_tables_and_rollouts(run: Path) -> None:
     call = failed["spans"][2]
     assert call["tokens"] == [30, 24]
     assert texts[call["policy"]] == "sql" and call["version"] == 3
+
+
+def test_a_chart_stands_back_where_nothing_but_zeros_is_good_news() -> None:
+    steps = {step: {"reward/mean": 0.0, "policy/staleness_max": 0.0, "rollouts/retried": step - 1.0} for step in (1, 2)}
+    found = {one["title"]: one["is_extra"] for one in charts(steps, {})}
+    assert found == {"Reward": False, "Failures so far": False, "Staleness": True}
 
 
 def test_held_out_points_carry_their_intervals(run: Path) -> None:

@@ -4,12 +4,14 @@ import asyncio
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from leyden.interfaces import RolloutRecords
-from leyden.show import one_line, printable, program, seconds, span_tree, task_text
-from leyden.spans import Completion, Kind, Reward, Rollout, Span
+from leyden.show import one_line, printable, program, seconds, span_tree, task_text, token_trees
+from leyden.spans import Choice, Completion, Fork, ForkCause, Kind, Reward, Rollout, Span
 from leyden.spantree import answer_of, nodes, prompt_of
+from leyden.testing.records import a_completion
 from tests.watching.fake_run import call_records, rollout, rollout_records
 
 
@@ -210,3 +212,79 @@ def test_a_stored_rollout_is_shown_like_the_records_it_was_made_of(tmp_path: Pat
             return (await store.records(["s1-t0-0"]))[0]
 
     assert span_tree(asyncio.run(stored())).splitlines()[1:] == span_tree(example()).splitlines()[1:]
+
+
+def forked_example() -> RolloutRecords:
+    records = example()
+    first, second = records.completions[0], records.completions[-1]
+    fork = Fork(
+        span_id=first.span_id,
+        position=2,
+        cause=ForkCause.TEMPLATE,
+        before="<|assistant|>\n",
+        expected="<think>\nfour\x1b[2J",
+        found="There are 4",
+    )
+    changed = msgspec.structs.replace(second, fork=fork, policy=first.policy)
+    return RolloutRecords(
+        rollout=records.rollout, spans=records.spans, completions=[first, changed], rewards=records.rewards
+    )
+
+
+LINE = (
+    r'fork (template) from call {} after 2 tokens: behind "<|assistant|>\n" it had "<think>\nfour\x1b[2J", '
+    'this prompt has "There are 4"'
+)
+
+
+def test_a_call_says_in_one_line_where_and_why_its_prompt_forked() -> None:
+    records = forked_example()
+    shown = span_tree(records, text=False)
+    assert LINE.format(records.completions[0].span_id) in shown
+    assert "fork" not in span_tree(example())
+
+
+def test_a_call_that_went_on_exactly_says_from_how_many_tokens() -> None:
+    records = example()
+    spliced = [msgspec.structs.replace(one, spliced=17) for one in records.completions]
+    shown = span_tree(RolloutRecords(rollout=records.rollout, spans=records.spans, completions=spliced, rewards=[]))
+    assert "goes on exactly from 17 tokens" in shown
+
+
+def test_the_token_tree_shows_what_was_sampled_by_whom_and_where_prompts_fork() -> None:
+    root, fork = (
+        call_of("s0", [1, 2], [3, 4]),
+        Fork(span_id="s0", position=2, cause=ForkCause.EDIT, before="b", expected="e", found="f"),
+    )
+    drawn = token_trees(
+        RolloutRecords(
+            rollout=rollout("r"),
+            spans=[],
+            completions=[
+                root,
+                call_of("s1", [1, 2, 3, 4, 5], [6], start=1),
+                call_of("s2", [1, 2, 9], [7], start=2, fork=fork),
+            ],
+            rewards=[],
+        )
+    )
+    assert drawn.splitlines() == [
+        "policy sql: 3 calls, 8 tokens in the tree, 14 in one row a call, forks: 1 edit",
+        "2 tokens",
+        "├─ 2 tokens sampled by writer 0 (call s0) 'said s0'",
+        "│  1 token",
+        "│  1 token sampled by writer 1 (call s1) 'said s1'",
+        "└─ 1 token",
+        '     writer 2: fork (edit) from call s0 after 2 tokens: behind "b" it had "e", this prompt has "f"',
+        "   1 token sampled by writer 2 (call s2) 'said s2'",
+    ]
+    assert token_trees(records_of(rollout("r"), [])) == "no call of this rollout has tokens"
+
+
+def call_of(span_id: str, prompt: list[int], answer: list[int], start: int = 0, **changes: object) -> Completion:
+    choice = Choice(
+        index=0, token_ids=answer, logprobs=[-1.0] * len(answer), finish_reason="stop", text=f"said {span_id}"
+    )
+    return a_completion(
+        prompt=prompt, choices=[choice], span_id=span_id, role="writer", policy="sql", start_ns=start, **changes
+    )

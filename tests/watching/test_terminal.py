@@ -50,6 +50,25 @@ def go_through(sink: TerminalSink) -> None:
         sink.step_finished(step, METRICS)
 
 
+def test_a_step_says_what_its_reward_must_be_read_with_and_only_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
+    sink, out = plain()
+    sink.run_started(INFO)
+    bad = {
+        "rollouts/failed_share": 0.125,
+        "rollouts/unrewarded_share": 0.25,
+        "sql/lengths/overlong_share": 0.5,
+        "lengths/overlong_share": 0.25,
+    }
+    groups = {"groups/total": 16.0, "groups/without_signal": 5.0}
+    sink.step_finished(1, {"reward/mean": 0.5, **groups, **bad})
+    sink.step_finished(2, {"reward/mean": 0.5, **groups, **dict.fromkeys(bad, 0.0)})
+    assert out.getvalue().splitlines()[1:] == [
+        "step 1/3  reward 0.500  11/16 groups differ  12% failed  25% without reward  50% cut off",
+        "step 2/3  reward 0.500  11/16 groups differ",
+    ]
+
+
 def test_without_a_terminal_steps_are_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
     sink, out = plain()

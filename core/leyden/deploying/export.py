@@ -2,7 +2,7 @@
 
     OUT/leyden.json                what is here: policy -> model name, folder, version, roles, sampling, base hash
     OUT/prompts.json               role -> system prompt that replaces the agent's own
-    OUT/policies/<name>/           a Hugging Face folder
+    OUT/policies/<name>/           a Hugging Face folder, or PEFT's folder of a LoRA
     OUT/SERVE.md                   how to serve it and how to call it
 
 One idea: the folder is built beside OUT and renamed, so OUT is there whole or not at all.
@@ -20,7 +20,14 @@ from typing import cast
 
 import msgspec
 
-from leyden.deploying.exported import EXPORT_FILE, POLICIES, Export, ExportedPolicy
+from leyden.deploying.exported import (
+    ADAPTER_CONFIG,
+    EXPORT_FILE,
+    POLICIES,
+    Export,
+    ExportedPolicy,
+    read_adapter_config,
+)
 from leyden.errors import ConfigurationError
 from leyden.looping import LoopThread
 from leyden.spans import Resource, new_id
@@ -29,6 +36,8 @@ from leyden.training.runfolder import RUN, STORE, checkpoint_folder, read_json, 
 
 PROMPTS = "prompts.json"
 INSTRUCTIONS = "SERVE.md"
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for --max-lora-rank."""
 
 
 class _Chosen(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,6 +150,8 @@ def _copy_policy(
         shutil.copytree(source, out / relative)
     except (OSError, shutil.Error) as error:
         raise ConfigurationError(f"cannot copy policy {name!r} from {str(source)!r}: {error}") from error
+    adapter = read_adapter_config(out / relative)
+    base = None if adapter is None else _point_at_base(out / relative, adapter.base_model_name_or_path, record)
     sampling = cast("dict[str, object]", policy.get("sampling") or {})
     return ExportedPolicy(
         model=name,
@@ -149,7 +160,27 @@ def _copy_policy(
         roles=cast("list[str] | None", policy.get("roles")),
         sampling={key: value for key, value in sampling.items() if value is not None and key != "keep_seed"},
         base_sha256=cast("str | None", record.get("base_sha256")),
+        base_model=base,
+        lora_rank=None if adapter is None else adapter.rank,
     )
+
+
+def _point_at_base(folder: Path, base: str | None, record: Mapping[str, object]) -> str:
+    """Return where a LoRA's base is; a folder relative to where the run was started is written out in full.
+
+    Raises:
+        ConfigurationError: neither the adapter nor the run names a base.
+    """
+    base = base or cast("str | None", record.get("base_model"))
+    if not base:
+        raise ConfigurationError(f"the LoRA in {str(folder)!r} names no base: base_model_name_or_path is missing")
+    here = Path(str(record.get("working_folder") or "."), base)
+    if here.is_dir():
+        base = str(here.resolve())
+    file = folder / ADAPTER_CONFIG
+    config = msgspec.json.decode(file.read_bytes())
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(config | {"base_model_name_or_path": base})))
+    return base
 
 
 def _instructions(described: Export, folder: str) -> str:
@@ -162,8 +193,27 @@ def _instructions(described: Export, folder: str) -> str:
         + f" | `{one.folder}` |"
         for one in described.policies.values()
     ]
-    vllm = [f"    vllm serve {one.folder} --served-model-name {one.model}" for one in described.policies.values()]
-    return _SERVE.format(folder=folder, name=name, rows="\n".join(rows), vllm="\n".join(vllm))
+    return _SERVE.format(folder=folder, name=name, rows="\n".join(rows), vllm="\n".join(_vllm_lines(described)))
+
+
+def _vllm_lines(described: Export) -> list[str]:
+    """Return a command line for each policy of whole weights, and one for all LoRAs on a base."""
+    lines = []
+    loras: dict[str, list[ExportedPolicy]] = {}
+    for one in described.policies.values():
+        if one.base_model is None:
+            lines.append(f"    vllm serve {one.folder} --served-model-name {one.model}")
+        else:
+            loras.setdefault(one.base_model, []).append(one)
+    for base, policies in loras.items():
+        wanted = max(one.lora_rank or 1 for one in policies)
+        rank = next((rank for rank in VLLM_RANKS if rank >= wanted), wanted)
+        modules = " ".join(f"{one.model}={one.folder}" for one in policies)
+        lines.append(
+            f"    vllm serve {base} --enable-lora --max-loras {len(policies)} --max-lora-rank {rank} "
+            f"--lora-modules {modules}"
+        )
+    return lines
 
 
 _SERVE = """\
@@ -179,7 +229,7 @@ From the folder above this one, on this machine:
 
     leyden serve {folder} --port 8000
 
-or, as ordinary Hugging Face folders, with any server, from inside this folder:
+or, as ordinary Hugging Face (or PEFT) folders, with any server, from inside this folder:
 
 {vllm}
 

@@ -5,10 +5,27 @@ Each protocol states its duties: order, lengths, what may be mutated, what failu
 """
 
 from leyden.interfaces.algorithm import Algorithm, Group, Session, Transition
-from leyden.interfaces.engine import Delta, Engine, Generation, GenerationRequest, SamplingParameters, Weights
-from leyden.interfaces.execution import Agent, AttemptResult, Executor, FrameworkAdapter, RewardFunction, RolloutSpec
+from leyden.interfaces.engine import (
+    ContinuesExactly,
+    Delta,
+    Engine,
+    Generation,
+    GenerationRequest,
+    SamplingParameters,
+    Weights,
+    able_to_continue,
+)
+from leyden.interfaces.execution import (
+    Agent,
+    AttemptResult,
+    Executor,
+    FrameworkAdapter,
+    GroupReward,
+    RewardFunction,
+    RolloutSpec,
+)
 from leyden.interfaces.gateway import Access, Gateway
-from leyden.interfaces.learner import Learner, Loss, TrainingRow
+from leyden.interfaces.learner import Batch, KLEstimator, Learner, Loss, Objective, Sample
 from leyden.interfaces.sink import MetricSink
 from leyden.interfaces.store import Outcome, Owner, RolloutRecords, Store
 
@@ -17,6 +34,8 @@ __all__ = [
     "Agent",
     "Algorithm",
     "AttemptResult",
+    "Batch",
+    "ContinuesExactly",
     "Delta",
     "Engine",
     "Executor",
@@ -25,18 +44,22 @@ __all__ = [
     "Generation",
     "GenerationRequest",
     "Group",
+    "GroupReward",
+    "KLEstimator",
     "Learner",
     "Loss",
     "MetricSink",
+    "Objective",
     "Outcome",
     "Owner",
     "RewardFunction",
     "RolloutRecords",
     "RolloutSpec",
+    "Sample",
     "SamplingParameters",
     "Session",
     "Store",
-    "TrainingRow",
     "Transition",
     "Weights",
+    "able_to_continue",
 ]

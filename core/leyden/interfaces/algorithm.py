@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from leyden.interfaces.learner import Loss, TrainingRow
+from leyden.interfaces.learner import Batch
 from leyden.interfaces.store import RolloutRecords
 from leyden.roles import Policy
 
@@ -34,9 +34,21 @@ class Transition:
     value: float
     """The return that credit assignment gave this call."""
     advantage: float = 0.0
-    """Set by the algorithm."""
+    """Of every token, set by the algorithm."""
     weight: float = 0.0
-    """Set with the loss weights, a token: 1 / (Z * N)."""
+    """Of every token, set with the loss weights: 1 / (Z * N)."""
+    token_advantages: Sequence[float] | None = None
+    """In place of `advantage`, where tokens differ (GAE); aligned with `token_ids`, as all that follow."""
+    corrections: Sequence[float] | None = None
+    """Multiply the tokens' weights: importance sampling of stale or mismatched samples; `None` is 1."""
+    old_logprobs: Sequence[float] | None = None
+    """Under the learner's weights when the update began; `None`: the recorded ones stand for them."""
+    reference_logprobs: Sequence[float] | None = None
+    """Under the base weights, for a divergence term."""
+    returns: Sequence[float] | None = None
+    """What a value head should predict before each token."""
+    values: Sequence[float] | None = None
+    """What it predicted when the update began."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,20 +66,51 @@ class Session(Protocol):
 
     policies: Sequence[Policy]
     total_steps: int
+    max_staleness: int
+    """How many updates of its policy a sample may be behind when it is trained; 0: sampling waits for every update."""
 
     def steps(self) -> AsyncIterator[int]:
         """Yield the steps still to do, from 1; ends early when the user asked to stop."""
         ...
 
-    async def sample(self, step: int, *, group_size: int) -> Sequence[Group]:
-        """Run `group_size` rollouts of each task of this step; those stored by an earlier, killed run are reused."""
+    async def sample(
+        self, step: int, *, group_size: int, accept: Callable[[Group], bool] | None = None, most_batches: int = 1
+    ) -> Sequence[Group]:
+        """Return the step's groups: `group_size` rollouts of each of its tasks.
+
+        Those stored by an earlier, killed run are used again. Groups are whole, whatever the order rollouts end in.
+
+        Args:
+            step: the step under way.
+            group_size: rollouts a task.
+            accept: keep only these groups, and sample further tasks in place of the others.
+            most_batches: sample at most this many times a step's tasks, whatever was accepted.
+        """
+        ...
+
+    async def replay(self, step: int, *, count: int, max_age: int) -> Sequence[Group]:
+        """Return up to `count` groups of the last `max_age` steps before this one, drawn with the run's seed."""
         ...
 
     def transitions(self, groups: Sequence[Group], policy: Policy) -> Sequence[Transition]:
         """Return the policy's admitted transitions with their credit, by rollout and then start time."""
         ...
 
-    async def update(self, policy: Policy, batches: Sequence[Sequence[TrainingRow]], loss: Loss) -> Mapping[str, float]:
+    def staleness(self, transition: Transition) -> int:
+        """Return how many updates its policy has had since it was sampled."""
+        ...
+
+    async def logprobs(
+        self, policy: Policy, transitions: Sequence[Transition], *, reference: bool = False
+    ) -> Sequence[Sequence[float]]:
+        """Return the answers' log-probabilities under the learner's weights now, or the base's; off the loop."""
+        ...
+
+    async def values(self, policy: Policy, transitions: Sequence[Transition]) -> Sequence[Sequence[float]]:
+        """Return the value head's prediction before each answer token; off the loop."""
+        ...
+
+    async def update(self, policy: Policy, batches: Sequence[Batch]) -> Mapping[str, float]:
         """Take one optimizer step a batch, in order, off the loop; return metrics averaged over the batches."""
         ...
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-from leyden.roles import Policy
+from leyden.errors import ConfigurationError
+from leyden.roles import LoRA, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,12 +48,12 @@ class GenerationRequest:
     model: str
     """A policy's name, or `base`."""
     messages: Sequence[Mapping[str, object]]
-    """OpenAI chat messages; empty when `prompt_token_ids` or `prompt_text` is given."""
+    """OpenAI chat messages; empty when the prompt came as tokens or text."""
     tools: Sequence[Mapping[str, object]] = ()
     """OpenAI function tools."""
     tool_choice: str | Mapping[str, object] = "auto"
     prompt_token_ids: Sequence[int] | None = None
-    """The exact prompt, in place of `messages`."""
+    """The exact prompt, in place of `messages`, which may be given beside it to say what it means."""
     prompt_text: str | None = None
     """The prompt as plain text, in place of `messages`: no chat template, only the tokenizer's own special tokens."""
     response_format: Mapping[str, object] | None = None
@@ -119,6 +120,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def keeps_versions(self) -> bool:
+        """True when versions stand side by side: a publish waits for nothing and disturbs no request in flight."""
+        ...
+
+    @property
     def model(self) -> str:
         """The base weights' folder or hub name; the learner starts from the same."""
         ...
@@ -157,11 +163,44 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class ContinuesExactly(Protocol):
+    """An engine that can render what follows a recorded answer: what exact continuation needs."""
+
+    def continuation(
+        self, request: GenerationRequest, answered: int, answer_ids: Sequence[int]
+    ) -> Sequence[int] | None:
+        """Return the tokens that follow `answer_ids`, which were sampled as message number `answered` of the request.
+
+        They are the end of that turn unless it was sampled, the messages behind it, and what asks for the next answer.
+        `None`: the chat template cannot say.
+        """
+        ...
+
+
+def able_to_continue(engine: object) -> ContinuesExactly:
+    """Return an engine that can go on exactly.
+
+    Raises:
+        ConfigurationError: it cannot.
+    """
+    if isinstance(engine, ContinuesExactly):
+        return engine
+    raise ConfigurationError(
+        f"exact_continuation=True needs an engine that can go on from recorded tokens, and {type(engine).__name__!r} "
+        "has no method `continuation`; use TransformersEngine, or leave the option out"
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weights:
     """A policy's weights on their way to an engine: in memory, in a folder, or both."""
 
+    lora: LoRA | None = None
+    """Set: these are the low-rank factors of that adapter, to be added to the base weights."""
+
     tensors: Mapping[str, object] | None = None
-    """Parameter name -> tensor, in the Hugging Face names; the engine copies what it keeps."""
+    """Parameter name -> tensor, in the Hugging Face names; of a LoRA, PEFT's names without an adapter's name in them
+    (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`). The engine copies what it keeps."""
     folder: Path | None = None
-    """A Hugging Face checkpoint folder."""
+    """A Hugging Face checkpoint folder, or PEFT's folder of a LoRA."""

@@ -16,6 +16,12 @@ Agent = Callable[..., object]
 RewardFunction = Callable[..., object]
 """(task, output, rollout) -> float | dict[str, float] | None; sync or async."""
 
+GroupReward = Callable[..., object]
+"""(task, rollouts of one group) -> one float | dict[str, float] | None a rollout, in order; sync or async.
+
+The rollouts are `RolloutRecords` of those that succeeded and wait; what the agent returned is `rollout.output`.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSpec:

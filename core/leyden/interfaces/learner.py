@@ -1,63 +1,111 @@
-"""What turns rows into gradients and gradients into weights."""
+"""What turns samples into gradients and gradients into weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from leyden.interfaces.engine import Weights
 from leyden.roles import Policy
 
+KLEstimator = Literal["k1", "k2", "k3"]
+"""Schulman 2020, "Approximating KL divergence": -log r, (log r)^2 / 2, r - 1 - log r, with r = p_reference / p."""
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingRow:
-    """One row of a batch. Every sequence but `token_ids` is aligned with it and of the same length T.
+class Sample:
+    """One call as a learner sees it: a prompt, and an answer of T tokens that is trained.
 
-    Position t holds the values of *token t itself* (its log-probability given tokens before it).
+    Every sequence but the prompt has length T; position t holds the values of answer token t *itself* (its
+    log-probability given all tokens before it). A sequence-level ratio is taken over one sample.
     """
 
+    prompt_token_ids: Sequence[int]
+    """At least one."""
     token_ids: Sequence[int]
-    mask: Sequence[bool]
-    """True where the token was sampled by the policy and is trained here."""
     weights: Sequence[float]
-    """1 / (Z * N) of DESIGN's "loss weights before layout"; 0 where not trained."""
+    """A token's share of the loss, 1 / (Z * N) of DESIGN's "loss weights before layout", corrections included."""
     advantages: Sequence[float]
     logprobs: Sequence[float]
-    """As recorded when sampled; 0 where not trained."""
+    """As recorded when sampled."""
+    old_logprobs: Sequence[float] | None = None
+    """Under the learner's weights when the update began; `None`: the recorded ones."""
+    reference_logprobs: Sequence[float] | None = None
+    """Under the base weights, for a divergence term; `None`: there is none."""
+    returns: Sequence[float] | None = None
+    """What the value head should predict before each token; `None`: it is not trained."""
+    values: Sequence[float] | None = None
+    """What the value head predicted when the update began, for its clip."""
     temperature: float = 1.0
+    """Above 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """A named loss with its parameters; the learner knows the name, the algorithm chose it."""
+    """A named surrogate and the terms added to it; the learner knows the name, the algorithm chose it."""
 
     name: str
-    """`policy_gradient_clip` (PPO/GRPO surrogate) or `cross_entropy` (weighted negative log-likelihood)."""
     options: Mapping[str, float] = field(default_factory=dict)
+    """The surrogate's own, such as `clip_low`."""
+    kl_coefficient: float = 0.0
+    """Times the divergence from the reference, a token; needs `Sample.reference_logprobs`."""
+    kl_estimator: KLEstimator = "k3"
+    entropy_coefficient: float = 0.0
+    """Times the entropy of the next-token distribution, which is rewarded."""
+    value_coefficient: float = 0.0
+    """Times the value head's squared error; needs `Sample.returns`."""
+    value_clip: float | None = None
+    """How far a value may move from `Sample.values` (PPO); `None`: any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Samples and the loss they are trained with; the gradients of an optimizer batch's objectives add up."""
+
+    loss: Loss
+    samples: Sequence[Sample]
+
+
+Batch = Sequence[Objective]
+"""What one optimizer step is made from."""
 
 
 class Learner(Protocol):
-    """Turns rows into gradients and gradients into weights, for several policies. Blocking; called off the loop."""
+    """Turns samples into gradients and gradients into weights, for several policies. Blocking; called off the loop.
+
+    How samples are laid out in rows and cut into micro-batches is the learner's own business: every normalisation
+    stands in their weights, so any layout gives the same gradient.
+    """
 
     def open(self, policies: Sequence[Policy], model: str, *, seed: int) -> None:
-        """Load the base weights once a trainable policy; refuse options that cannot be honoured.
+        """Load the base weights for the trainable policies; refuse options that cannot be honoured.
 
         Raises:
             ConfigurationError: names the option.
         """
         ...
 
-    def forward_backward(self, policy: str, rows: Sequence[TrainingRow], loss: Loss) -> Mapping[str, float]:
-        """Add the gradient of the summed loss over `rows` to the policy's gradients; return summed metrics.
+    def forward_backward(self, policy: str, batch: Batch) -> Mapping[str, float]:
+        """Add the gradient of the batch's summed losses to the policy's gradients; return metrics."""
+        ...
 
-        Rows may be cut into micro-batches in any way: their weights already hold every normalisation.
+    def logprobs(self, policy: str, samples: Sequence[Sample], *, reference: bool = False) -> Sequence[Sequence[float]]:
+        """Return log-softmax(logits / temperature) of every answer token, sample by sample in order; no gradient.
+
+        Args:
+            policy: whose weights.
+            samples: prompts and answers.
+            reference: under the base weights that the policy started from, instead of its own.
         """
         ...
 
-    def logprobs(self, policy: str, rows: Sequence[TrainingRow]) -> Sequence[Sequence[float]]:
-        """Return log-softmax(logits / temperature) of every masked token, row by row in order; no gradient."""
+    def values(self, policy: str, samples: Sequence[Sample]) -> Sequence[Sequence[float]]:
+        """Return the value head's prediction before every answer token, sample by sample in order; no gradient.
+
+        The head is made, predicting 0, when it is first asked for.
+        """
         ...
 
     def optim_step(self, policy: str, learning_rate: float) -> Mapping[str, float]:
@@ -69,11 +117,11 @@ class Learner(Protocol):
         ...
 
     def export(self, policy: str, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder (weights, config, tokenizer)."""
+        """Write the policy: a Hugging Face folder (weights, config, tokenizer), or a LoRA folder in PEFT's format."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write every policy's weights, optimizer and RNG state, enough for a bit-equal `load`."""
+        """Write every policy's weights, value head, optimizer and RNG state, enough for a bit-equal `load`."""
         ...
 
     def load(self, folder: Path) -> None:

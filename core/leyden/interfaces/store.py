@@ -75,6 +75,26 @@ class Store(Protocol):
         """Queue `lost` rollouts for another attempt."""
         ...
 
+    async def score(self, group_id: str, rewards: Sequence[Reward], totals: Mapping[str, float | None]) -> None:
+        """Keep a finished group's late rewards and set its rollouts' totals, all or nothing.
+
+        A group that was scored before is left as it is, whatever it was given then.
+
+        Args:
+            group_id: of the group.
+            rewards: further records of its rollouts.
+            totals: rollout id -> reward; `None` for one that stays without.
+
+        Raises:
+            StoreError: an unknown rollout, one of another group, or one that has not finished or has a reward.
+            RewardError: a reward that is no finite number, or was given before with another value.
+        """
+        ...
+
+    async def is_scored(self, group_id: str) -> bool:
+        """Say whether `score` was called for this group."""
+        ...
+
     async def add_records(self, records: Sequence[Record]) -> None:
         """Store spans, completions and rewards; a key seen before is ignored, unless its reward value differs.
 

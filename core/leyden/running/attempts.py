@@ -31,6 +31,7 @@ class _Emitted:
     sink: Callable[[Record], None]
     keys: dict[tuple[object, ...], float] = field(default_factory=dict)
     names: dict[str, float] = field(default_factory=dict)
+    """Sums of the whole rollout's rewards; 0 for a name that only roles or calls were rewarded with."""
     is_over: bool = False
     """What threads and tasks that the agent left behind still record is dropped: the attempt is judged already."""
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -49,8 +50,8 @@ class _Emitted:
                     f"index ({self.keys[key]!r}, then {record.value!r}); use index= to tell several apart"
                 )
             self.keys[key] = record.value
-            if record.target_role is None and record.target_span is None:
-                self.names[record.name] = self.names.get(record.name, 0.0) + record.value
+            is_of_rollout = record.target_role is None and record.target_span is None
+            self.names[record.name] = self.names.get(record.name, 0.0) + (record.value if is_of_rollout else 0.0)
         self.sink(record)
 
 
@@ -103,6 +104,8 @@ async def _run(
             score = output if reward is None else await _score(reward, spec, output, context)
             found = _record_returned(spec, score, emitted)
             root.attributes["leyden.rewards"] = dict(emitted.names)
+            if score is NO_REWARD:
+                root.attributes["leyden.no_reward"] = True
     except DeadlineExceeded:
         return _timed_out(spec, context)
     except BaseException as error:  # an agent that calls sys.exit() must not end the loop of all the others

@@ -17,6 +17,7 @@ from leyden.interfaces import Access, AttemptResult, Executor, Gateway, Outcome,
 from leyden.ownership import current_owner
 from leyden.rewards import total
 from leyden.roles import Policy, Route, Routing, routes_for
+from leyden.running.group_rewards import GroupRewards
 from leyden.spans import Mode, Reward, Rollout, RolloutState
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ class RolloutRules:
     """Total reward of a rollout whose agent raised or timed out; `None` drops it."""
     reward_weights: Mapping[str, float] = field(default_factory=lambda: {"reward": 1.0})
     on_lost_context: str = "error"
+    rewards_come_later: bool = False
+    """A rollout that succeeds waits for what its group's function gives it."""
 
     def __post_init__(self) -> None:
         if self.timeout_seconds is not None and self.timeout_seconds <= 0:
@@ -73,15 +76,18 @@ class RolloutRunner:
         policies: Sequence[Policy],
         rules: RolloutRules,
         observer: Callable[..., None],
+        group_rewards: GroupRewards | None = None,
     ) -> None:
         """Wire the parts; `observer(rollout=outcome)` is told of every finished rollout."""
         self.tally = Tally()
+        self.group_rewards = group_rewards
         self._observer = observer
         self._store = store
         self._executor = executor
         self._gateway = gateway
         self._policies = policies
         self._routes: tuple[Route, ...] = routes_for(policies)
+        self.reward_weights = rules.reward_weights
         self._rules = rules
         self._owner = current_owner()
         self._leased: dict[str, int] = {}
@@ -97,14 +103,18 @@ class RolloutRunner:
     ) -> None:
         """Run these rollouts to a finished state; those that have one already are left alone.
 
+        Where rewards come from a function of the group, groups that are not scored yet are judged before this returns.
+
         Args:
-            rollouts: new or known ones; their ids decide.
+            rollouts: new or known ones, in whole groups; their ids decide.
             versions: policy -> the version that samples now.
             finished: called as each ends, for progress.
 
         Raises:
             ConfigurationError: no attempt could succeed, such as one at an API that is not served.
-            RolloutError: workers died too often, or another process holds some of these rollouts.
+            RewardError: a group's function returned what is no list of rewards.
+            RolloutError: workers died too often, another process holds some of these rollouts, or groups could not be
+                judged.
             StoreError: the store cannot be written.
         """
         await self._store.add_rollouts(rollouts)
@@ -122,6 +132,8 @@ class RolloutRunner:
             )
             waiting = [rollout_id for rollout_id in again if rollout_id is not None]
         await self._refuse_unfinished(by_id)
+        if self.group_rewards is not None:
+            await self.group_rewards.score(by_id)
 
     async def close(self) -> None:
         """Stop renewing leases; queue again what was under way, so that a resume in this process can have it."""
@@ -217,7 +229,7 @@ class RolloutRunner:
             state = RolloutState.FAILED  # no failure reward: the policy is not to blame
         elif error_type is not None:
             state, reward = RolloutState.FAILED, self._rules.failure_reward
-        elif not result.no_reward:
+        elif not result.no_reward and not self._rules.rewards_come_later:
             reward = self._total(result)
             if reward is None:
                 state, error_type, error = RolloutState.FAILED, "NoReward", self._no_reward_text(result)

@@ -144,7 +144,7 @@ def _update(body: bytes, voided: int) -> Update:
 
 
 def _refuse_other_update(known: Update, update: Update) -> None:
-    same = ("policy", "step", "version", "rollout_ids")
+    same = ("policy", "step", "version", "rollout_ids", "replayed_ids")
     if any(getattr(known, name) != getattr(update, name) for name in same):
         raise StoreError(
             f"update id {update.update_id!r} is in the ledger with another content; give each update its own id"

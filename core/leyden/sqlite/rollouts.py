@@ -150,6 +150,31 @@ def finish(
             _end(connection, outcome, codec)
 
 
+def score(connection: sqlite3.Connection, group_id: str, totals: Mapping[str, float | None]) -> None:
+    """Set the totals of a group's finished rollouts.
+
+    Raises:
+        StoreError: an unknown rollout, one of another group, or one that has not finished or has a reward.
+        RewardError: a total that is no finite number.
+    """
+    for rollout in select(connection, {}, list(totals)):
+        total = totals[rollout.rollout_id]
+        if total is not None and not math.isfinite(total):
+            raise RewardError(f"rollout {rollout.rollout_id!r} cannot have the reward {total!r}; give a finite number")
+        if rollout.group_id != group_id or rollout.state not in FINISHED or rollout.reward is not None:
+            raise StoreError(
+                f"rollout {rollout.rollout_id!r} of group {rollout.group_id!r} is {rollout.state.value!r} with reward "
+                f"{rollout.reward!r}; score(group_id={group_id!r}) takes that group's finished ones without a reward"
+            )
+    changed = [
+        connection.execute("UPDATE rollouts SET reward = ? WHERE rollout_id = ?", (total, rollout_id)).rowcount
+        for rollout_id, total in totals.items()
+    ]
+    unknown = [name for name, count in zip(totals, changed, strict=True) if not count]
+    if unknown:
+        raise StoreError(f"there are no rollouts {unknown!r} in this store; add them first")
+
+
 def select(
     connection: sqlite3.Connection, where: Mapping[str, object], rollout_ids: Sequence[str] | None = None
 ) -> Sequence[Rollout]:

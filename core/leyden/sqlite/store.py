@@ -180,6 +180,31 @@ class SQLiteStore:
         """
         await self._write(lambda c: rollout_rows.requeue(c, rollout_ids))
 
+    async def score(self, group_id: str, rewards: Sequence[Reward], totals: Mapping[str, float | None]) -> None:
+        """Keep a finished group's late rewards and set its rollouts' totals, once and all or nothing.
+
+        Raises:
+            StoreError: an unknown rollout, one of another group, or one that has not finished or has a reward.
+            RewardError: a reward that is no finite number, or was given before with another value.
+        """
+        writer = self._writing()
+        encoded = [self._codec.encode_record(reward) for reward in rewards]
+
+        def work(connection: sqlite3.Connection) -> None:
+            if ledger.get_meta(connection, _scored_key(group_id)) is not None:
+                return
+            rollout_rows.score(connection, group_id, totals)
+            [refused] = writer.records.insert(connection, [encoded])
+            if isinstance(refused, RewardError):
+                raise refused
+            ledger.put_meta(connection, _scored_key(group_id), "1")
+
+        await self._write(work)
+
+    async def is_scored(self, group_id: str) -> bool:
+        """Say whether `score` was called for this group."""
+        return await self.get_meta(_scored_key(group_id)) is not None
+
     async def rollouts(
         self, *, mode: Mode | None = None, step: int | None = None, state: RolloutState | None = None
     ) -> Sequence[Rollout]:
@@ -377,6 +402,10 @@ class SQLiteStore:
             raise StoreError(f"no more records will arrive since a write failed: {self._write_side.group.failure}")
         else:
             await wake.wait()
+
+
+def _scored_key(group_id: str) -> str:
+    return f"scored/{group_id}"
 
 
 def _gathered(rollout: Rollout, records: Sequence[Record]) -> RolloutRecords:

@@ -51,6 +51,8 @@ class Sampled:
 class FakeEngine:
     """An `Engine` without a model. Answers come from a script, one byte a token."""
 
+    keeps_versions = True
+
     def __init__(
         self,
         script: Script | Sequence[str | Answer] | str = "ok",

@@ -25,9 +25,11 @@ from leyden.training.evaluation import Evaluation
 from leyden.training.measuring import Timing
 from leyden.training.parts import Blueprint, Parts, opened
 from leyden.training.preflight import preflight
-from leyden.training.session import Schedule, TrainingSession
+from leyden.training.schedule import Schedule
+from leyden.training.session import TrainingSession
 from leyden.training.sinks import Sinks
 from leyden.training.tasks import checked_tasks
+from leyden.training.versions import Versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,7 @@ class Jobs:
                 result = await self._finish(session, parts, timing, folder, resumed_after=last if resume else None)
             finally:
                 self.session = None
+                await session.close()
         await asyncio.to_thread(self._sinks.run_finished, result)
         return result
 
@@ -148,6 +151,7 @@ class Jobs:
             credit=plan.credit,
             folder=folder,
             versions=versions,
+            published=Versions(await parts.store.updates(include_voided=True)),
             first_step=1 if checkpoint is None else checkpoint.step + 1,
             report_step=lambda step, metrics: self._sinks.step_finished(parts, step, metrics),
             report_progress=lambda info: self._sinks.progress(parts, info),
@@ -160,6 +164,7 @@ class Jobs:
             "tasks": len(self._plan.tasks),
             "val_tasks": len(self._plan.val_tasks),
             "tasks_per_step": self._plan.schedule.tasks_per_step,
+            "max_staleness": self._plan.schedule.max_staleness,
             "group_size": self._plan.algorithm.group_size,
             "policies": {policy.name: list(policy.roles or ["*"]) for policy in self._plan.blueprint.policies},
         }
@@ -167,6 +172,11 @@ class Jobs:
     # ---- the phases of a fit -----------------------------------------------------------------------------------
 
     async def _train(self, session: TrainingSession, parts: Parts, timing: Timing, folder: Path) -> None:
+        for policy in session.policies:
+            if policy.trainable and policy.freeze_after is not None and policy.freeze_after < session.total_steps:
+                self._sinks.notice(
+                    f"policy {policy.name!r} is trained up to step {policy.freeze_after} and goes on unchanged after it"
+                )
         is_untrained = session.step == 0
         if is_untrained:
             await self._preflight(session, parts)
@@ -184,12 +194,12 @@ class Jobs:
     async def _preflight(self, session: TrainingSession, parts: Parts) -> None:
         began = time.monotonic()
         plan = self._plan
-        groups = await session.sample_tasks(1, session.tasks_of(1)[:1], group_size=plan.algorithm.group_size)
-        transitions = [one for policy in session.policies for one in session.transitions(groups, policy)]
+        group = await session.first_group(plan.algorithm.group_size)
+        transitions = [one for policy in session.policies for one in session.transitions([group], policy)]
         try:
             lines = await asyncio.to_thread(
                 preflight,
-                groups[0],
+                group,
                 policies=session.policies,
                 transitions=transitions,
                 learner=parts.learner,
@@ -199,7 +209,7 @@ class Jobs:
                 rollouts_to_come=session.total_steps * plan.algorithm.group_size * plan.schedule.tasks_per_step,
             )
         except LeydenError:
-            await session.discard(1)
+            await session.discard(1, [group])
             raise
         for line in lines:
             self._sinks.notice(line)
@@ -222,8 +232,11 @@ class Jobs:
             before=await _evaluated(store, 0),
             after=await _evaluated(store, session.step),
             rollouts=await store.rollouts(),
+            updates=await store.updates(),
         )
         result |= parts.meter.fields() | timing.fields(parts.executor.usages())
+        if parts.runner.group_rewards is not None:
+            result["unscored_groups"] = len(parts.runner.group_rewards.unscored)
         runfolder.write_json(folder / runfolder.SUMMARY, result)
         return result
 

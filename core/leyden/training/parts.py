@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leyden.errors import ConfigurationError
-from leyden.interfaces import Agent, Engine, Executor, Gateway, Learner, RewardFunction, Store
+from leyden.interfaces import Agent, Engine, Executor, Gateway, GroupReward, Learner, RewardFunction, Store
 from leyden.plugins import Plugins
 from leyden.roles import Policy
 from leyden.running.agents import PerRollout, describe, import_path, load, load_function
 from leyden.running.command import Command
 from leyden.running.executors import InProcessExecutor
+from leyden.running.group_rewards import GroupRewards
 from leyden.running.rollouts import RolloutRules, RolloutRunner
 from leyden.running.workers import WorkerExecutor
 from leyden.spans import Kind, Record, Span
@@ -31,6 +32,7 @@ class Blueprint:
 
     agent: Agent | PerRollout | str
     reward: RewardFunction | str | None
+    group_reward: GroupReward | None
     policies: Sequence[Policy]
     engine: Engine
     learner: Learner
@@ -40,6 +42,7 @@ class Blueprint:
     concurrency: int
     python: str | None
     seed: int
+    exact_continuation: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ class Parts:
     runner: RolloutRunner
     executor: Executor
     meter: Meter
+    most_rollouts: int
+    """That run at a time."""
 
 
 @contextlib.asynccontextmanager
@@ -66,7 +71,9 @@ async def opened(blueprint: Blueprint, store_path: Path) -> AsyncIterator[Parts]
         await asyncio.to_thread(learner.open, blueprint.policies, engine.model, seed=blueprint.seed)
         stack.callback(learner.close)
         meter = Meter(store)
-        gateway: Gateway = blueprint.plugins.get("gateway", "http")()
+        # Named only where it is wanted, so that a gateway without it serves everybody else.
+        options = {"exact_continuation": True} if blueprint.exact_continuation else {}
+        gateway: Gateway = blueprint.plugins.get("gateway", "http")(**options)
 
         async def heard(records: Sequence[Record]) -> None:
             await meter.record(records)
@@ -86,6 +93,9 @@ async def opened(blueprint: Blueprint, store_path: Path) -> AsyncIterator[Parts]
             policies=blueprint.policies,
             rules=blueprint.rules,
             observer=blueprint.plugins.hook.rollout_finished,
+            group_rewards=None
+            if blueprint.group_reward is None
+            else GroupRewards(blueprint.group_reward, store=store, weights=blueprint.rules.reward_weights),
         )
         stack.push_async_callback(runner.close)
         yield Parts(
@@ -96,6 +106,7 @@ async def opened(blueprint: Blueprint, store_path: Path) -> AsyncIterator[Parts]
             runner=runner,
             executor=executor,
             meter=meter,
+            most_rollouts=blueprint.concurrency * (blueprint.workers if isinstance(executor, WorkerExecutor) else 1),
         )
 
 

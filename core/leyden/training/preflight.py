@@ -84,7 +84,7 @@ def sampling_lines(policies: Sequence[Policy]) -> list[str]:
 
 def _ratio_line(policy: Policy, transitions: Sequence[Transition], learner: Learner) -> str:
     """Compare recorded with recomputed log-probabilities: before any update the ratio is 1."""
-    computed = learner.logprobs(policy.name, mdp.rows(mdp.weigh(transitions, "per_rollout"), layout="calls"))
+    computed = learner.logprobs(policy.name, mdp.samples(transitions))
     differences = [
         abs(recorded - recomputed)
         for transition, ours in zip(transitions, computed, strict=True)

@@ -3,55 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from leyden import mdp
 from leyden.credit import Credit
 from leyden.errors import RolloutError
-from leyden.interfaces import (
-    AttemptResult,
-    Group,
-    Loss,
-    RolloutRecords,
-    TrainingRow,
-    Transition,
-)
+from leyden.interfaces import AttemptResult, Batch, Group, RolloutRecords, Transition
+from leyden.metrics import over_batches
 from leyden.roles import Policy
 from leyden.running.rollouts import refuse_all_failed
-from leyden.spans import Checkpoint, Mode, Resource, Rollout, Update, new_id, now_ns
+from leyden.spans import Mode, Resource, Rollout, Update, new_id, now_ns
+from leyden.training import checkpoints
+from leyden.training.asynchronous import AsynchronousSampler, Rules
 from leyden.training.evaluation import Evaluation, evaluation_of
 from leyden.training.parts import Parts
-from leyden.training.runfolder import PARTIAL, checkpoint_folder, drop_old_checkpoints
+from leyden.training.sampling import (
+    Accept,
+    Drawn,
+    Sampler,
+    SynchronousSampler,
+    drawn_before,
+    names_of,
+    stored_groups,
+    write_names,
+)
+from leyden.training.schedule import Clock, Schedule, learning_rate
+from leyden.training.uses import Uses
+from leyden.training.versions import Versions, serve
 
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long, how much, how often."""
-
-    total_steps: int
-    tasks_per_step: int
-    evaluate_every: int | None
-    """Held-out evaluation every so many steps; `None`: only before and after."""
-    checkpoint_every: int
-    keep_checkpoints: int
-    seed: int
-    mask_overlong: bool = False
-
-
-@dataclass
-class Clock:
-    """Seconds by phase of the step under way."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def add(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+Result = TypeVar("Result")
 
 
 class TrainingSession:
@@ -68,12 +52,14 @@ class TrainingSession:
         credit: Credit,
         folder: Path,
         versions: dict[str, int],
+        published: Versions,
         first_step: int,
         report_step: Callable[[int, Mapping[str, float]], None],
         report_progress: Callable[[Mapping[str, object]], None],
     ) -> None:
         self.policies = policies
         self.total_steps = schedule.total_steps
+        self.max_staleness = schedule.max_staleness
         self.step = first_step - 1
         """The step under way; after `finish_step`, the last finished one."""
         self.versions = versions
@@ -81,7 +67,6 @@ class TrainingSession:
         self.stop_requested = False
         self.evaluations: dict[int, Evaluation] = {}
         self._parts = parts
-        self._tasks = tasks
         self._val_tasks = val_tasks
         self._schedule = schedule
         self._credit = credit
@@ -92,7 +77,40 @@ class TrainingSession:
         self._saved_step = first_step - 1
         self._updated: dict[str, None] = {}
         """Policies with an optimizer step since the last publish, in order."""
+        self._published = published
+        self._drawn = Drawn(groups=())
+        """By the step under way."""
+        self._uses = Uses(published)
+        self._step_began = time.monotonic()
         self._clock = Clock()
+        self._sampler = self._new_sampler(tasks)
+
+    def _new_sampler(self, tasks: Sequence[object]) -> Sampler:
+        parts, schedule = self._parts, self._schedule
+        if schedule.max_staleness == 0:
+            return SynchronousSampler(
+                parts.store,
+                tasks=tasks,
+                tasks_per_step=schedule.tasks_per_step,
+                seed=schedule.seed,
+                run=lambda rollouts, phase: self._run(rollouts, phase=phase),
+            )
+        return AsynchronousSampler(
+            parts.store,
+            parts.runner,
+            tasks=tasks,
+            seed=schedule.seed,
+            rules=Rules(
+                tasks_per_step=schedule.tasks_per_step,
+                total_steps=schedule.total_steps,
+                max_staleness=schedule.max_staleness,
+                most_rollouts=parts.most_rollouts,
+            ),
+            versions=self._published,
+            serving=self.versions,
+            is_stopping=lambda: self.stop_requested,
+            finished=lambda done, of: self._report("rollouts", done, of, time.monotonic() - self._step_began),
+        )
 
     @property
     def is_stopped_early(self) -> bool:
@@ -104,109 +122,124 @@ class TrainingSession:
         for step in range(self._first_step, self.total_steps + 1):
             if self.stop_requested:
                 break
-            self.step = step
+            self.step, self._step_began = step, time.monotonic()
+            self._drawn = Drawn(groups=())
+            self._uses.clear()
             yield step
         if self.step > self._saved_step:  # the stop came while the last step was being reported
             await self.checkpoint(self.step)
 
-    async def sample(self, step: int, *, group_size: int) -> Sequence[Group]:
-        """Run `group_size` rollouts of each of the step's tasks; stored ones are reused.
+    async def sample(
+        self, step: int, *, group_size: int, accept: Accept | None = None, most_batches: int = 1
+    ) -> Sequence[Group]:
+        """Return the step's groups, and record that it takes them; a step that was recorded takes the same again.
 
         Raises:
-            RolloutError: every one of them failed.
+            RolloutError: every rollout failed.
         """
-        groups = await self.sample_tasks(step, self.tasks_of(step), group_size=group_size)
-        try:
-            refuse_all_failed([one.rollout for group in groups for one in group.rollouts], self._parts.runner.tally)
-        except RolloutError:
-            await self.discard(step)
-            raise
-        return groups
-
-    async def discard(self, step: int) -> None:
-        """Leave the step's rollouts so far out: a resume samples it anew. They stay in the store, to be looked at."""
-        times = await self._discarded(step)
-        await self._parts.store.put_meta(_discarded_key(step), str(times + 1))
-
-    async def _discarded(self, step: int) -> int:
-        return int(await self._parts.store.get_meta(_discarded_key(step)) or 0)
-
-    async def sample_tasks(self, step: int, indices: Sequence[int], *, group_size: int) -> Sequence[Group]:
-        """Run `group_size` rollouts of each of these tasks as part of `step`."""
         started = time.monotonic()
-        times = await self._discarded(step)
-        prefix = f"s{step}.{times}" if times else f"s{step}"
-        planned = [
-            Rollout(
-                rollout_id=f"{prefix}-t{index}-{sample}",
-                task=self._tasks[index],
-                task_id=f"t{index}",
-                group_id=f"{prefix}-t{index}",
-                mode=Mode.TRAIN,
-                step=step,
-            )
-            for index in indices
-            for sample in range(group_size)
-        ]
-        records = await self._run(planned, phase="rollouts")
-        groups: dict[str, list[RolloutRecords]] = {}
-        for one in records:
-            groups.setdefault(one.rollout.group_id, []).append(one)
+        drawn = await drawn_before(self._parts.store, step)
+        if drawn is None:
+            drawn = await self._sampler.draw(step, group_size=group_size, accept=accept, most_batches=most_batches)
+            every = [*drawn.groups, *drawn.rejected]
+            try:
+                refuse_all_failed([one.rollout for group in every for one in group.rollouts], self._parts.runner.tally)
+            except RolloutError:
+                await self.discard(step, every)
+                raise
+            await write_names(self._parts.store, step, drawn)
+        self._drawn = drawn
         self._clock.add("sample", time.monotonic() - started)
-        return [Group(group_id=key, task=some[0].rollout.task, rollouts=some) for key, some in groups.items()]
+        return drawn.groups
 
-    def tasks_of(self, step: int) -> Sequence[int]:
-        """Return the indices of a step's tasks: a seeded shuffle of each pass, so that a step number is the cursor."""
-        chosen: list[int] = []
-        position = (step - 1) * self._schedule.tasks_per_step
-        while len(chosen) < self._schedule.tasks_per_step:
-            epoch, offset = divmod(position, len(self._tasks))
-            order = list(range(len(self._tasks)))
-            random.Random(f"{self._schedule.seed}/{epoch}").shuffle(order)
-            taken = order[offset : offset + self._schedule.tasks_per_step - len(chosen)]
-            chosen += taken
-            position += len(taken)
-        return list(dict.fromkeys(chosen))
+    async def first_group(self, group_size: int) -> Group:
+        """Return one group of the first step, sampled before any training."""
+        return await self._sampler.first(group_size)
+
+    async def discard(self, step: int, groups: Sequence[Group]) -> None:
+        """Leave these groups of the step out: a resume samples others. They stay in the store, to be looked at."""
+        await self._sampler.discard(step, groups)
+
+    async def replay(self, step: int, *, count: int, max_age: int) -> Sequence[Group]:
+        """Return up to `count` groups that the last `max_age` steps have taken, drawn with the run's seed."""
+        store = self._parts.store
+        found: dict[str, Sequence[str]] = {}
+        for earlier in range(max(1, step - max_age), step):
+            if (names := await names_of(store, earlier)) is not None:
+                found |= names.groups
+        rng = random.Random(f"{self._schedule.seed}/replay/{step}")
+        chosen = rng.sample(sorted(found), min(count, len(found)))
+        groups = await stored_groups(store, {group_id: found[group_id] for group_id in chosen})
+        self._uses.replay(groups)
+        return groups
 
     def transitions(self, groups: Sequence[Group], policy: Policy) -> Sequence[Transition]:
         """Return the policy's admitted transitions with their credit."""
-        return [
-            transition
-            for group in groups
-            for records in group.rollouts
-            for transition in mdp.transitions(
-                records, self.policies, credit=self._credit, mask_overlong=self._schedule.mask_overlong
-            )
-            if transition.policy == policy.name
-        ]
+        found: list[Transition] = []
+        for group in groups:
+            own = [
+                transition
+                for records in group.rollouts
+                for transition in mdp.transitions(
+                    records,
+                    self.policies,
+                    credit=self._credit,
+                    mask_overlong=self._schedule.mask_overlong,
+                    reward_weights=self._parts.runner.reward_weights,
+                )
+                if transition.policy == policy.name
+            ]
+            self._uses.transitions(policy.name, group.group_id, own)
+            found += own
+        return found
 
-    async def update(self, policy: Policy, batches: Sequence[Sequence[TrainingRow]], loss: Loss) -> Mapping[str, float]:
-        """Take one optimizer step a batch, off the loop."""
-        if not batches:
+    def staleness(self, transition: Transition) -> int:
+        """Return how many updates its policy has had since the transition was sampled."""
+        return self._published.staleness(transition.policy, transition.version)
+
+    async def logprobs(
+        self, policy: Policy, transitions: Sequence[Transition], *, reference: bool = False
+    ) -> Sequence[Sequence[float]]:
+        """Return the answers' log-probabilities under the learner's weights now, or the base's."""
+        learner = self._parts.learner
+        return await self._learn(lambda: learner.logprobs(policy.name, mdp.samples(transitions), reference=reference))
+
+    async def values(self, policy: Policy, transitions: Sequence[Transition]) -> Sequence[Sequence[float]]:
+        """Return the value head's prediction before each answer token."""
+        return await self._learn(lambda: self._parts.learner.values(policy.name, mdp.samples(transitions)))
+
+    async def update(self, policy: Policy, batches: Sequence[Batch]) -> Mapping[str, float]:
+        """Take one optimizer step a batch; a policy that is frozen by now is left as it is."""
+        if not batches or not policy.is_trained_at(self.step):
             return {}
-        started = time.monotonic()
-        metrics = await asyncio.to_thread(self._update, policy, batches, loss)
-        self._clock.add("learn", time.monotonic() - started)
-        return metrics
+        return await self._learn(lambda: self._update(policy, batches))
 
-    def _update(self, policy: Policy, batches: Sequence[Sequence[TrainingRow]], loss: Loss) -> dict[str, float]:
-        sums: dict[str, float] = {}
+    async def _learn(self, work: Callable[[], Result]) -> Result:
+        """Do the learner's work off the loop, on the clock."""
+        started = time.monotonic()
+        result = await asyncio.to_thread(work)
+        self._clock.add("learn", time.monotonic() - started)
+        return result
+
+    def _update(self, policy: Policy, batches: Sequence[Batch]) -> dict[str, float]:
+        measured: list[Mapping[str, float]] = []
         rate = learning_rate(policy, self.step, self.total_steps)
-        for rows in batches:
-            found = dict(self._parts.learner.forward_backward(policy.name, rows, loss))
+        for batch in batches:
+            found = dict(self._parts.learner.forward_backward(policy.name, batch))
             found.update(self._parts.learner.optim_step(policy.name, rate))
             self._updated[policy.name] = None
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + value
-        return {name: value / len(batches) for name, value in sums.items()}
+            measured.append(found)
+        return over_batches(measured)
 
     async def finish_step(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float]) -> None:
         """Publish the new versions, enter the ledger, evaluate and checkpoint when due, report."""
         started = time.monotonic()
         updates = await self._publish(step, groups)
         self._clock.add("publish", time.monotonic() - started)
-        found = dict(metrics)
+        self._sampler.step_finished(step)
+        found = dict(metrics) | self._uses.metrics(self.policies)
         found["policy/updates"] = float(len(updates))
+        found["groups/rejected"] = float(len(self._drawn.rejected))
         if self._is_evaluation_due(step):
             started = time.monotonic()
             found.update(_flat(await self.evaluate(step)))
@@ -229,31 +262,27 @@ class TrainingSession:
         )
 
     async def _publish(self, step: int, groups: Sequence[Group]) -> Sequence[Update]:
-        """Serve the updated policies' weights under new versions and write the ledger."""
-        trained = [
-            one.rollout.rollout_id for group in groups for one in group.rollouts if one.rollout.reward is not None
-        ]
-        updates: list[Update] = []
-        for name in self._updated:
-            version = await self._parts.store.next_version(name)
-            await self._parts.gateway.hold()
-            try:
-                await self._parts.engine.publish(name, version, self._parts.learner.weights(name))
-            finally:
-                self._parts.gateway.release()
-            self.versions[name] = version
-            updates.append(
-                Update(
-                    update_id=new_id(),
-                    policy=name,
-                    step=step,
-                    version=version,
-                    rollout_ids=trained,
-                    created_ns=now_ns(),
-                )
+        """Write the ledger, and serve the updated policies' weights under new versions."""
+        updates = [
+            Update(
+                update_id=new_id(),
+                policy=name,
+                step=step,
+                version=await self._parts.store.next_version(name),
+                rollout_ids=self._uses.fresh_ids(groups),
+                replayed_ids=self._uses.replayed_ids(name),
+                created_ns=now_ns(),
             )
+            for name in self._updated
+        ]
         self._updated.clear()
+        # First the ledger: rollouts that go on meanwhile may use a version the moment it is served, and no record may
+        # name a version that the ledger does not know.
         await self._parts.store.add_updates(updates)
+        for update in updates:
+            self._published.add(update)
+            await serve(self._parts, update.policy, update.version)
+            self.versions[update.policy] = update.version
         await self._parts.store.put_resources(
             [Resource(kind="policy", name=u.policy, version=u.version, created_ns=u.created_ns) for u in updates]
         )
@@ -280,32 +309,19 @@ class TrainingSession:
 
     async def checkpoint(self, step: int) -> None:
         """Write weights, optimizer and RNG, then commit: a kill before the commit leaves the earlier one valid."""
-        relative = checkpoint_folder(step)
-        final = self._folder / relative
-        partial = final.with_name(final.name + PARTIAL)
-        await asyncio.to_thread(self._write_checkpoint, partial, final)
-        await self._parts.store.commit_checkpoint(
-            Checkpoint(
-                checkpoint_id=new_id(),
-                step=step,
-                folder=relative,
-                versions=dict(self.versions),
-                created_ns=now_ns(),
-            )
+        await checkpoints.write(
+            self._parts,
+            self._folder,
+            step=step,
+            policies=self.policies,
+            versions=self.versions,
+            keep=self._schedule.keep_checkpoints,
         )
         self._saved_step = step
-        drop_old_checkpoints(self._folder, step, keep=self._schedule.keep_checkpoints)
 
-    def _write_checkpoint(self, partial: Path, final: Path) -> None:
-        for left in (partial, final):  # of a run that was killed before its commit
-            if left.exists():
-                shutil.rmtree(left)
-        partial.mkdir(parents=True)
-        self._parts.learner.save(partial / "learner")
-        for policy in self.policies:
-            if policy.trainable:
-                self._parts.learner.export(policy.name, partial / "policies" / policy.name)
-        os.replace(partial, final)
+    async def close(self) -> None:
+        """End the rollouts that are still under way; a resume goes on with them."""
+        await self._sampler.close()
 
     async def _run(self, planned: Sequence[Rollout], *, phase: str) -> Sequence[RolloutRecords]:
         done = 0
@@ -314,29 +330,22 @@ class TrainingSession:
         def finished(rollout: Rollout, result: AttemptResult) -> None:
             nonlocal done
             done += 1
-            self._report_progress(
-                {
-                    "phase": phase,
-                    "step": self.step,
-                    "total_steps": self.total_steps,
-                    "done": done,
-                    "of": len(planned),
-                    "phase_seconds": time.monotonic() - started,
-                }
-            )
+            self._report(phase, done, len(planned), time.monotonic() - started)
 
         await self._parts.runner.run(planned, versions=self.versions, finished=finished)
         return await self._parts.store.records([rollout.rollout_id for rollout in planned])
 
-
-def _discarded_key(step: int) -> str:
-    return f"discarded/{step}"
-
-
-def learning_rate(policy: Policy, step: int, total_steps: int) -> float:
-    """Return the policy's learning rate at `step`: linear from its start value to its final fraction."""
-    progress = (step - 1) / max(1, total_steps - 1)
-    return policy.learning_rate * (1 - progress * (1 - policy.final_learning_rate_fraction))
+    def _report(self, phase: str, done: int, of: int, seconds: float) -> None:
+        self._report_progress(
+            {
+                "phase": phase,
+                "step": self.step,
+                "total_steps": self.total_steps,
+                "done": done,
+                "of": of,
+                "phase_seconds": seconds,
+            }
+        )
 
 
 def _flat(evaluation: Evaluation) -> dict[str, float]:

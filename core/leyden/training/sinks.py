@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from leyden.interfaces import MetricSink
+from leyden.metrics import CollapseWatch
 from leyden.plugins import Plugins
 from leyden.training.parts import Parts
 
@@ -23,6 +24,7 @@ class Sinks:
         self._sinks: list[MetricSink] = [plugins.get("sink", s)() if isinstance(s, str) else s for s in chosen]
         self._observers = plugins.hook
         self._last_progress = 0.0
+        self._watch = CollapseWatch()
 
     def run_started(self, info: Mapping[str, object]) -> None:
         self._each("run_started", info)
@@ -44,10 +46,13 @@ class Sinks:
             **parts.meter.step_fields(),
             "rollouts/total": float(tally.rollouts),
             "rollouts/failed": float(sum(tally.failures.values())),
+            **{f"rollouts/failed/{kind}": float(count) for kind, count in sorted(tally.failures.items())},
             "rollouts/retried": float(tally.retries),
         }
         self._each("step_finished", step, found)
         self._observers.step_finished(step=step, metrics=found)
+        for line in self._watch.step_finished(step, found):
+            self.notice(line)
 
     def run_finished(self, summary: Mapping[str, object]) -> None:
         self._each("run_finished", summary)

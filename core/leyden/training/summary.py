@@ -13,7 +13,7 @@ from pathlib import Path
 from leyden.interfaces import RolloutRecords
 from leyden.roles import RESERVED_MODEL, Policy, matches
 from leyden.running.agents import describe
-from leyden.spans import FINISHED, Checkpoint, Kind, Mode, Rollout
+from leyden.spans import FINISHED, Checkpoint, Kind, Mode, Rollout, Update
 from leyden.training.evaluation import Evaluation
 from leyden.training.parts import Blueprint
 
@@ -111,6 +111,18 @@ def rollout_counts(rollouts: Sequence[Rollout]) -> dict[str, object]:
     }
 
 
+def policy_fields(policy: Policy, updates: Sequence[Update]) -> dict[str, object]:
+    """Return what training made of a policy."""
+    own = [update for update in updates if update.policy == policy.name]
+    return {
+        "trainable": policy.trainable,
+        "lora": policy.lora,
+        "freeze_after": policy.freeze_after,
+        "updates": len(own),
+        "version": own[-1].version if own else 0,
+    }
+
+
 def run_summary(
     *,
     folder: Path,
@@ -124,6 +136,7 @@ def run_summary(
     before: Sequence[RolloutRecords],
     after: Sequence[RolloutRecords],
     rollouts: Sequence[Rollout],
+    updates: Sequence[Update],
 ) -> dict[str, object]:
     """Return what a run came to. Calls, tokens, times and memory are added by the trainer, since its last start.
 
@@ -139,6 +152,7 @@ def run_summary(
         before: evaluation rollouts of step 0.
         after: evaluation rollouts of the last step.
         rollouts: all of the run's store, also those from before a resume.
+        updates: those that stand.
     """
     tables: dict[str, dict[str, dict[str, float]]] = {}
     if 0 in evaluations and step in evaluations:
@@ -157,6 +171,7 @@ def run_summary(
         **accuracy_fields(tables),
         "evaluations": tables,
         "evaluation_failures": {str(at): found.failures for at, found in sorted(evaluations.items())},
+        "policies": {policy.name: policy_fields(policy, updates) for policy in policies},
         "roles": role_table(after, policies),
         "examples": example_table(before, after),
         **rollout_counts(rollouts),
@@ -174,6 +189,8 @@ def run_record(blueprint: Blueprint, *, algorithm: object) -> dict[str, object]:
             policy.name: {
                 "roles": None if policy.roles is None else list(policy.roles),
                 "trainable": policy.trainable,
+                "lora": policy.lora,
+                "freeze_after": policy.freeze_after,
                 "learning_rate": policy.learning_rate,
                 "sampling": policy.sampling,
                 "eval_sampling": policy.eval_sampling,

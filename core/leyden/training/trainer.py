@@ -13,23 +13,36 @@ from pathlib import Path
 from typing import TypeVar
 
 from leyden.credit import Credit
+from leyden.credit import check as check_credit
 from leyden.errors import ConfigurationError, DatasetError
-from leyden.interfaces import Agent, Algorithm, Engine, Learner, MetricSink, RewardFunction, RolloutRecords
+from leyden.interfaces import (
+    Agent,
+    Algorithm,
+    Engine,
+    GroupReward,
+    Learner,
+    MetricSink,
+    RewardFunction,
+    RolloutRecords,
+    able_to_continue,
+)
 from leyden.looping import Job, LoopThread
 from leyden.plugins import load_plugins
 from leyden.rewards import DEFAULT_REWARD, check_weights
 from leyden.roles import Policy, routes_for
-from leyden.running.agents import PerRollout, as_agent
+from leyden.running.agents import PerRollout, as_agent, load_function
 from leyden.running.foreign import interpreter
+from leyden.running.group_rewards import later
 from leyden.running.rollouts import RolloutRules
 from leyden.running.worker import is_worker
 from leyden.running.workers import GUARD_HINT
 from leyden.show import span_tree
+from leyden.stepwise import PerPolicy, Stepwise
 from leyden.training import runfolder
 from leyden.training.evaluation import Evaluation
 from leyden.training.jobs import Jobs, Plan
 from leyden.training.parts import Blueprint
-from leyden.training.session import Schedule
+from leyden.training.schedule import Schedule
 from leyden.training.sinks import Sinks
 from leyden.training.tasks import checked_tasks
 
@@ -51,11 +64,13 @@ class Trainer:
         tasks: Sequence[object],
         policies: Sequence[Policy],
         engine: Engine,
-        algorithm: Algorithm,
+        algorithm: Algorithm | Mapping[str, Stepwise],
         val_tasks: Sequence[object] = (),
         reward: RewardFunction | str | None = None,
+        group_reward: GroupReward | str | None = None,
         reward_weights: Mapping[str, float] | None = None,
         tasks_per_step: int = 16,
+        max_staleness: int = 0,
         run: str | os.PathLike[str] | None = None,
         workers: int = 1,
         concurrency: int = 64,
@@ -66,6 +81,7 @@ class Trainer:
         on_lost_context: str = "error",
         credit: str | Credit = "broadcast",
         mask_overlong: bool = False,
+        exact_continuation: bool = False,
         evaluate_every: int | None = None,
         checkpoint_every: int = 10,
         keep_checkpoints: int = 2,
@@ -81,11 +97,16 @@ class Trainer:
             tasks: what to train on; JSON values.
             policies: trainable weights and their roles; the first that matches a role takes it.
             engine: samples; it is not stopped by the trainer.
-            algorithm: for example `GRPO(group_size=8)`.
+            algorithm: for example `GRPO(group_size=8)`; or one a policy, by the policies' names.
             val_tasks: held out; evaluated before and after, and `evaluate_every` steps.
             reward: (task, output, rollout) -> float or named floats, when the agent does not return its reward.
-            reward_weights: name -> weight in the total; default: the reward named `reward` alone.
+            group_reward: (task, rollouts of one group) -> one float, named floats or None a rollout, called in this
+                process once they have ended; what the agent returns is then its output. Or its name `module:function`.
+            reward_weights: name -> weight in the total; default: the reward named `reward` alone. Rewards of a role
+                or a call are weighted likewise, those of other names count as they are.
             tasks_per_step: tasks a step, each run `group_size` times.
+            max_staleness: updates of its policy that a sample may be behind when it is trained. 0 samples between two
+                updates; above 0, sampling and learning go on side by side.
             run: folder of this run; default `runs/<time>`.
             workers: processes that run the agent; 0 runs it in this process.
             concurrency: rollouts at a time, in each process.
@@ -95,8 +116,10 @@ class Trainer:
             max_attempts: after infrastructure failures.
             failure_reward: of a rollout whose agent raised or timed out; `None` drops it.
             on_lost_context: `error` or `pass`, for calls whose rollout is unknown.
-            credit: a name from `leyden plugins`, or a function.
+            credit: a name from `leyden plugins`, or a function such as `leyden.credit.discounted(0.9)`.
             mask_overlong: drop samples that ended for length.
+            exact_continuation: a call that goes on from an earlier one of its rollout and role begins with exactly
+                the tokens that were sampled, whatever the chat template makes of an old answer.
             evaluate_every: steps; `None` evaluates before and after only.
             checkpoint_every: steps.
             keep_checkpoints: newest ones kept.
@@ -112,15 +135,20 @@ class Trainer:
         routes_for(policies)
         if not any(policy.trainable for policy in policies):
             raise ConfigurationError("no policy is trainable; give at least one Policy(name, roles=[...])")
+        if max_staleness < 0 or max_staleness % 1:
+            raise ConfigurationError(f"max_staleness must be a whole number, 0 or more, got {max_staleness!r}")
         if tasks_per_step < 1 or checkpoint_every < 1 or keep_checkpoints < 1 or workers < 0 or concurrency < 1:
             raise ConfigurationError(
                 f"tasks_per_step={tasks_per_step!r}, checkpoint_every={checkpoint_every!r}, "
                 f"keep_checkpoints={keep_checkpoints!r} and concurrency={concurrency!r} must be at least 1, "
                 f"workers={workers!r} at least 0"
             )
+        if exact_continuation:
+            able_to_continue(engine)
         weights = dict(reward_weights or {DEFAULT_REWARD: 1.0})
         check_weights(weights)
-        algorithm.check(policies)
+        chosen = per_policy(algorithm) if isinstance(algorithm, Mapping) else algorithm
+        chosen.check(policies)
         self.run_folder = Path(run) if run else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
         checked = checked_tasks(tasks, name="tasks")
         if tasks_per_step > len(checked):
@@ -128,7 +156,8 @@ class Trainer:
         plugins = load_plugins()
         blueprint = Blueprint(
             agent=runner,
-            reward=reward,
+            reward=later if reward is None and group_reward is not None else reward,
+            group_reward=load_function(group_reward) if isinstance(group_reward, str) else group_reward,
             policies=tuple(policies),
             engine=engine,
             learner=plugins.get("learner", learner)() if isinstance(learner, str) else learner,
@@ -139,11 +168,13 @@ class Trainer:
                 failure_reward=failure_reward,
                 reward_weights=weights,
                 on_lost_context=on_lost_context,
+                rewards_come_later=group_reward is not None,
             ),
             workers=workers,
             concurrency=concurrency,
             python=None if python is None else interpreter(python),
             seed=seed,
+            exact_continuation=exact_continuation,
         )
         schedule = Schedule(
             total_steps=0,
@@ -153,15 +184,16 @@ class Trainer:
             keep_checkpoints=keep_checkpoints,
             seed=seed,
             mask_overlong=mask_overlong,
+            max_staleness=max_staleness,
         )
         self._jobs = Jobs(
             Plan(
                 blueprint=blueprint,
-                algorithm=algorithm,
+                algorithm=chosen,
                 tasks=checked,
                 val_tasks=checked_tasks(val_tasks, name="val_tasks", may_be_empty=True),
                 schedule=schedule,
-                credit=plugins.get("credit", credit) if isinstance(credit, str) else credit,
+                credit=check_credit(plugins.get("credit", credit) if isinstance(credit, str) else credit),
                 sinks=Sinks(sinks, plugins),
             )
         )
@@ -244,6 +276,21 @@ class Trainer:
                     raise
                 session.stop_requested = True
                 print("\nFinishing what is under way, then a checkpoint; Ctrl-C again stops at once.", flush=True)
+
+
+def per_policy(algorithms: Mapping[str, object]) -> PerPolicy:
+    """Return the algorithm that improves each policy with its own.
+
+    Raises:
+        ConfigurationError: none is given, or one that does not go step by step.
+    """
+    stepwise = {name: one for name, one in algorithms.items() if isinstance(one, Stepwise)}
+    if not algorithms or len(stepwise) < len(algorithms):
+        raise ConfigurationError(
+            f"algorithm={dict(algorithms)!r}: give each trainable policy, by its name, an algorithm that goes step by "
+            "step, such as {'sql': GRPO(group_size=8)}"
+        )
+    return PerPolicy(stepwise)
 
 
 def is_being_imported_by_worker() -> bool:

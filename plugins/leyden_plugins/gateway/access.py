@@ -15,6 +15,7 @@ from urllib.parse import unquote
 from leyden.interfaces import Access, GenerationRequest, SamplingParameters
 from leyden.roles import MAIN_ROLE, Sampling, matches
 from leyden.spans import new_id
+from leyden_plugins.gateway.conversations import Conversations
 from leyden_plugins.gateway.exchange import Exchange
 from leyden_plugins.gateway.memory import Memory
 from leyden_plugins.gateway.refusal import Refusal
@@ -37,6 +38,8 @@ class Admission:
     """Span -> the first HTTP attempt number that is free, so that no record shares its key."""
     memory: Memory = field(default_factory=Memory)
     """What its callers may refer back to."""
+    conversations: Conversations = field(default_factory=Conversations)
+    """Its answered calls, which later ones go on from."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,11 @@ from typing import Protocol
 import msgspec
 
 from leyden.errors import EngineError
-from leyden.interfaces import Generation, GenerationRequest
+from leyden.interfaces import Generation, GenerationRequest, able_to_continue
 from leyden.spans import Record, Status
 from leyden_plugins.gateway.access import AccessTable, Caller, request_for, unquoted
 from leyden_plugins.gateway.call import Call
+from leyden_plugins.gateway.continuity import Continuity
 from leyden_plugins.gateway.dialects import CountsTokens, Decode, Dialect, Question, Recalls
 from leyden_plugins.gateway.dialects.spelling import error_body
 from leyden_plugins.gateway.exchange import Disconnected, Exchange, Receive, Scope, Send
@@ -71,6 +72,7 @@ class App:
         dialects: Iterable[Dialect],
         record: Callable[[Sequence[Record]], None] | None,
         limits: Limits,
+        exact_continuation: bool = False,
     ) -> None:
         self.calls: set[Call] = set()
         """Those not yet recorded."""
@@ -81,6 +83,7 @@ class App:
         self._record = record
         self._limits = limits
         self._decode: Decode | None = getattr(engine, "decode", None)
+        self._continuity = Continuity(self._decode, able_to_continue(engine) if exact_continuation else None)
         self._prompt: Callable[[GenerationRequest], Sequence[int]] | None = getattr(engine, "prompt", None)
         self._forces_tools = bool(getattr(engine, "forces_tools", False))
         self._constrains_format = bool(getattr(engine, "constrains_format", False))
@@ -264,8 +267,14 @@ class App:
 
     async def _generate(self, exchange: Exchange, question: Question, call: Call) -> None:
         assert call.request is not None
-        generation = await self._engine.generate(call.request)
+        admission, place = call.caller.admission, None
+        if not admission.is_open:
+            place = self._continuity.place(call.request, admission.conversations, call.caller.role)
+        generation = await self._engine.generate(call.request if place is None else place.request)
         answer = call.begin(generation)
+        if place is not None:
+            call.spliced = place.spliced
+            call.fork = self._continuity.fork(place, generation.prompt_token_ids)
         # A stream's opening goes out with its first piece: one write less, and an engine that fails before
         # its first token can still be answered with a status.
         opening = question.first(answer) if question.stream else b""
@@ -282,6 +291,9 @@ class App:
                         await exchange.write(events)
         if any(choice.finish_reason is None for choice in answer.choices):
             raise EngineError("the engine ended its answer without a finish reason; try again")
+        if place is not None:
+            # Before the client can have the answer, and go on from it.
+            self._continuity.remember(place, call.caller.span_id, answer)
         if question.stream:
             await exchange.write(opening + question.last(answer), last=True)
         else:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 
 from leyden.interfaces import Delta, Generation, GenerationRequest
-from leyden.spans import Choice, Completion, Kind, Record, Span, Status, now_ns
+from leyden.spans import Choice, Completion, Fork, Kind, Record, Span, Status, now_ns
 from leyden_plugins.gateway.access import Caller
 from leyden_plugins.gateway.dialects import Answer, ChoiceSoFar, Decode, Question
 from leyden_plugins.gateway.exchange import Disconnected
@@ -30,7 +30,9 @@ class Call:
         self.policy = ""
         """Empty until the request has been understood."""
         self.request: GenerationRequest | None = None
-        """As it went to the engine."""
+        """As it went to the engine, but for a prompt that goes on exactly."""
+        self.fork: Fork | None = None
+        self.spliced = 0
         self.stopped: Refusal | Disconnected | None = None
         self.ended = False
         self._start_ns = now_ns()
@@ -105,6 +107,8 @@ class Call:
             first_token_ns=self._first_token_ns,
             end_ns=self._end_ns,
             error=self._error,
+            fork=self.fork,
+            spliced=self.spliced,
         )
         return [completion] if caller.has_span else [self._span(completion), completion]
 

@@ -30,20 +30,34 @@ class HttpGateway:
         dialects: Iterable[Dialect] = (),
         limits: Limits | None = None,
         port: int = 0,
+        exact_continuation: bool = False,
     ) -> None:
-        """`dialects` defaults to all that come with the gateway; `port=0` takes a free port."""
+        """Keep the options; `start` opens the door.
+
+        Args:
+            dialects: all that come with the gateway by default.
+            limits: what it takes on.
+            port: 0 takes a free one.
+            exact_continuation: a request that extends an answered call of its rollout and role goes on from the
+                recorded tokens; only the messages that were added are rendered.
+        """
         self.base_url = ""
         """`http://127.0.0.1:PORT/v1`, known after `start`."""
         self._dialects = tuple(dialects) or DIALECTS
         self._limits = limits or Limits()
         self._port = port
+        self._exact_continuation = exact_continuation
         self._access = AccessTable()
         self._server = BackgroundServer()
         self._app: App | None = None
         self._recorder: Recorder | None = None
 
     async def start(self, engine: Engine, record: Callable[[Sequence[Record]], Awaitable[None]]) -> None:
-        """Serve `engine`; every call of an admitted rollout is handed to `record`."""
+        """Serve `engine`; every call of an admitted rollout is handed to `record`.
+
+        Raises:
+            ConfigurationError: exact continuation is asked of an engine that cannot.
+        """
         self._recorder = Recorder(record)
         self._app = App(
             engine=engine,
@@ -51,6 +65,7 @@ class HttpGateway:
             dialects=self._dialects,
             record=self._recorder.add,
             limits=self._limits,
+            exact_continuation=self._exact_continuation,
         )
         await self._server.start(self._app, self._port)
         self.base_url = f"http://{HOST}:{self._server.port}/v1"

@@ -7,18 +7,19 @@ trainer that uses the same engine from another loop, and beside none.
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from leyden.deploying.exported import EXPORT_FILE, POLICIES, read_export
+from leyden.deploying.exported import ADAPTER_CONFIG, EXPORT_FILE, POLICIES, read_adapter_config, read_export
 from leyden.errors import ConfigurationError
-from leyden.interfaces import Access, Engine, Generation, GenerationRequest
+from leyden.interfaces import Access, Engine, Generation, GenerationRequest, Weights
 from leyden.looping import LoopThread
 from leyden.plugins import load_plugins
-from leyden.roles import AGENTS_OWN, RESERVED_MODEL
+from leyden.roles import AGENTS_OWN, RESERVED_MODEL, Policy
 from leyden_plugins.gateway.access import AccessTable, Admission
 from leyden_plugins.gateway.app import App, Limits
 from leyden_plugins.gateway.dialects.spoken import DIALECTS
@@ -29,6 +30,9 @@ ANY_KEY = "not-needed"
 """What clients that insist on a key may send where none is checked."""
 
 ENGINE = "transformers"
+
+HUB_NAME = r"\w[\w.-]*(/\w[\w.-]*)?"
+"""How names on the Hugging Face Hub look; a relative path of two parts does too."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Served:
     engine: Engine
     model: str
     """The engine's own name for it."""
+    adapter: Path | None = None
+    """PEFT's folder of a LoRA, which the engine is given under that name when it has started."""
 
 
 class ServedModels:
@@ -132,7 +138,8 @@ def serve_models(
 
     async def start() -> None:
         for engine in engines:
-            await engine.start(())
+            loras = {served.model: served.adapter for served in models.values() if served.engine is engine}
+            await start_engine(engine, {model: folder for model, folder in loras.items() if folder is not None})
         await server.start(app, port)
 
     async def stop() -> None:
@@ -155,7 +162,7 @@ def serve_folder(
     """Serve a checkpoint folder, or every model of an export, until the block ends.
 
     Args:
-        folder: an export, a run's checkpoint, or a Hugging Face folder.
+        folder: an export, a run's checkpoint, a Hugging Face folder, or PEFT's folder of a LoRA.
         model_name: what clients call a single checkpoint; its folder's name by default.
         api_key: what clients must send; `None` lets every process of this machine in.
         port: 0 takes a free one.
@@ -166,8 +173,7 @@ def serve_folder(
     """
     folders = model_folders(folder, model_name)
     make_engine = load_plugins().get("engine", engine)
-    models = {name: Served(make_engine(str(path)), RESERVED_MODEL) for name, path in folders.items()}
-    with serve_models(models, api_key=api_key, port=port, stop_engines=True) as endpoint:
+    with serve_models(served_from(folders, make_engine), api_key=api_key, port=port, stop_engines=True) as endpoint:
         yield endpoint
 
 
@@ -188,6 +194,72 @@ def serve_checkpoint(
         threading.Event().wait()
 
 
+async def start_engine(engine: Engine, loras: Mapping[str, Path]) -> None:
+    """Start an engine and publish LoRAs to it, by the engine's own names.
+
+    Raises:
+        ConfigurationError: the base cannot be loaded, or an adapter is not one of it.
+    """
+    try:
+        await engine.start([Policy(model) for model in loras])
+        for model, adapter in loras.items():
+            await engine.publish(model, 1, Weights(folder=adapter))
+    except ConfigurationError as error:
+        if not loras:
+            raise
+        folders = ", ".join(repr(str(folder)) for folder in loras.values())
+        raise ConfigurationError(
+            f"cannot serve {folders} on {engine.model!r}, the base named in {ADAPTER_CONFIG}: {error}"
+        ) from error
+
+
+def served_from(folders: Mapping[str, Path], make_engine: Callable[[str], Engine]) -> dict[str, Served]:
+    """Make an engine for each folder of whole weights, and one for all LoRAs on one base.
+
+    Raises:
+        ConfigurationError: a LoRA names no base, or a folder that is not there.
+    """
+    models: dict[str, Served] = {}
+    bases: dict[str, Engine] = {}
+    for name, folder in folders.items():
+        base = base_of(folder)
+        if base is None:
+            models[name] = Served(make_engine(str(folder)), RESERVED_MODEL)
+            continue
+        if base not in bases:
+            bases[base] = make_engine(base)
+        # Clients may call it what they like; the engine's own name follows the rules for policies.
+        models[name] = Served(bases[base], f"lora-{len(models)}", adapter=folder)
+    return models
+
+
+def base_of(folder: Path) -> str | None:
+    """Return the base of the LoRA in `folder`: a folder, or a Hugging Face name. `None`: it holds whole weights.
+
+    Raises:
+        ConfigurationError: it names none, or a folder that is not there.
+    """
+    adapter = read_adapter_config(folder)
+    if adapter is None:
+        return None
+    base = adapter.base_model_name_or_path
+    for place in (Path(base), folder / base) if base else ():
+        if place.is_dir():
+            return str(place.resolve())
+    if base is None or re.fullmatch(HUB_NAME, base) is None:
+        raise ConfigurationError(
+            f"the LoRA in {str(folder)!r} needs its base, but base_model_name_or_path in its {ADAPTER_CONFIG} is "
+            f"{base!r}, which is no folder here; write there the folder or Hugging Face name of the weights that it "
+            "was trained on"
+        )
+    return base
+
+
+def is_model(folder: Path) -> bool:
+    """Say whether a folder holds whole weights or a LoRA."""
+    return (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
+
+
 def model_folders(folder: Path, model_name: str | None = None) -> dict[str, Path]:
     """Return the checkpoints in `folder`: what clients call them -> where they lie.
 
@@ -197,14 +269,15 @@ def model_folders(folder: Path, model_name: str | None = None) -> dict[str, Path
     if (folder / EXPORT_FILE).is_file():
         described = read_export(folder)
         found = {policy.model: folder / policy.folder for policy in described.policies.values()}
-    elif (folder / "config.json").is_file():
+    elif is_model(folder):
         found = {folder.resolve().name: folder}
     else:
-        found = {path.parent.name: path.parent for path in sorted(folder.glob(f"{POLICIES}/*/config.json"))}
+        found = {path.name: path for path in sorted(folder.glob(f"{POLICIES}/*")) if is_model(path)}
     if not found:
         of_run = sorted(folder.glob("checkpoints/step-*"))
         raise ConfigurationError(
-            f"{str(folder)!r} holds no model: no {EXPORT_FILE}, no config.json and no {POLICIES}; give "
+            f"{str(folder)!r} holds no model: no {EXPORT_FILE}, no config.json, no {ADAPTER_CONFIG} and no "
+            f"{POLICIES}; give "
             + (f"one of its checkpoints, such as {str(of_run[-1])!r}" if of_run else "an export, a checkpoint")
             + " or a Hugging Face folder"
         )

@@ -97,7 +97,7 @@ async def report_data(run_folder: Path, summary: Mapping[str, object] | None = N
 
 
 def charts(metrics: Mapping[int, Mapping[str, float]], summary: Mapping[str, object]) -> list[dict[str, object]]:
-    """Return the charts that have points, then one for each metric of no chart."""
+    """Return the charts that have points, then idle ones, then one for each metric of no chart."""
     names = list(dict.fromkeys(name for values in metrics.values() for name in values))
     points = {name: [[step, values[name]] for step, values in metrics.items() if name in values] for name in names}
     held_out = _held_out(summary, last_step=max(metrics, default=0))
@@ -105,15 +105,17 @@ def charts(metrics: Mapping[int, Mapping[str, float]], summary: Mapping[str, obj
         known = {point[0] for point in ends}
         middle = [point for point in points.get(name, []) if point[0] not in known]
         points[name] = sorted([*ends, *middle], key=lambda point: point[0])
-    found, used = [], set()
+    found: list[dict[str, object]] = []
+    idle: list[dict[str, object]] = []
+    used: set[str] = set()
     for chart in CHARTS:
         chosen = [name for pattern in chart.metrics for name in points if matches(pattern, name)]
-        # One curve of held-out reward stands in the first chart already.
-        if chosen and not (chart.metrics == ("evaluation/*",) and len(chosen) < 2):
-            found.append(_chart(chart.title, chosen, points, is_extra=False))
+        if len(chosen) >= chart.least:
+            is_idle = chart.is_idle_at_zero and not any(point[1] for name in chosen for point in points[name])
+            (idle if is_idle else found).append(_chart(chart.title, chosen, points, is_extra=is_idle))
         used.update(chosen)
     extra = [_chart(name, [name], points, is_extra=True) for name in points if name not in used]
-    return found + extra
+    return found + idle + extra
 
 
 def _chart(

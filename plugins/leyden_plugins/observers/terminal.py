@@ -33,6 +33,8 @@ WIDTH_OF_INTERVALS = 97
 """Columns that the table of held-out rewards takes with each interval beside its mean."""
 OUTPUT_CHARACTERS = 300
 LABEL_CHARACTERS = 30
+SHOWN = ("reward", "accuracy", "signal", "failed", "unrewarded", "overlong", "pace", "left")
+"""The parts of a step's line, in order; empty ones are left out."""
 HEAD_WIDTH = len("before reward 1")
 
 
@@ -99,6 +101,7 @@ class TerminalSink:
         ):
             if name in metrics:
                 self._status[key] = f"{label} {metrics[name]:.3f}"
+        self._status |= _warnings(metrics)
         if "throughput/tokens_per_second" in metrics:
             self._status["pace"] = f"{metrics['throughput/tokens_per_second']:,.0f} tokens/s"
         self._status["left"] = self._time_left(step)
@@ -120,7 +123,7 @@ class TerminalSink:
             self._console.print(text, soft_wrap=True)
 
     def _status_text(self, between: str) -> str:
-        shown = [self._status.get(key) for key in ("reward", "accuracy", "pace", "left")]
+        shown = map(self._status.get, SHOWN)
         return between.join(text for text in shown if text)
 
     def _update(self, description: str, *, completed: float) -> None:
@@ -149,6 +152,19 @@ def _console() -> Console:
     if console.is_terminal or "COLUMNS" in os.environ:
         return console
     return Console(highlight=False, width=PLAIN_WIDTH)
+
+
+def _warnings(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Return what a step's figures should be read with: groups that taught nothing, failures, answers cut off."""
+    total, silent = (metrics.get(f"groups/{name}", 0.0) for name in ("total", "without_signal"))
+    failed, unrewarded = (metrics.get(f"rollouts/{name}_share", 0.0) for name in ("failed", "unrewarded"))
+    overlong = max((value for name, value in metrics.items() if name.endswith("lengths/overlong_share")), default=0.0)
+    return {
+        "signal": f"{total - silent:.0f}/{total:.0f} groups differ" if total else "",
+        "failed": f"{failed:.0%} failed" if failed else "",
+        "unrewarded": f"{unrewarded:.0%} without reward" if unrewarded else "",
+        "overlong": f"{overlong:.0%} cut off" if overlong else "",
+    }
 
 
 def _plan(info: Mapping[str, object]) -> str:

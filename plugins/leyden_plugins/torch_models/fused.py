@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from leyden.extras import extra
+from leyden_plugins.torch_models.adapters import Factors
+from leyden_plugins.torch_models.fused_adapters import FusedAdapter, GroupedAdapters, RowAdapters, fuse_adapter
 
 with extra("train"):
     import torch
@@ -31,6 +33,8 @@ FIXED_ROPES = frozenset({"default", "linear", "llama3", "yarn"})
 class FusedLayer:
     """The weights of one layer, copied."""
 
+    index: int
+    """Its place in the model, from 0: what adapters are looked up by."""
     input_norm: Tensor
     qkv: Tensor
     """Rows: queries, keys, values."""
@@ -64,6 +68,7 @@ class FusedNetwork:
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or self.heads)
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // self.heads)
         self.hidden = int(config.hidden_size)
+        self.intermediate = int(config.intermediate_size)
         self.eps = float(config.rms_norm_eps)
         self.has_qk_norm = config.model_type == "qwen3"
         names = {name for name, _ in model.named_parameters()}
@@ -115,6 +120,7 @@ class FusedNetwork:
                 qk_norm = torch.cat([query.expand(self.heads, -1), key.expand(self.kv_heads, -1)])
             layers.append(
                 FusedLayer(
+                    index=index,
                     input_norm=copy(prefix + "input_layernorm.weight"),
                     qkv=copy(*(part + "weight" for part in qkv)),
                     qkv_bias=copy(*(part + "bias" for part in qkv)) if self.has_qkv_bias else None,
@@ -153,8 +159,25 @@ class FusedNetwork:
             named[prefix + "post_attention_layernorm.weight"] = layer.mlp_norm
         return named
 
+    def fuse(self, adapter: Mapping[str, Factors]) -> FusedAdapter:
+        """Copy a LoRA into the form that is added to the fused products."""
+        keys = self.kv_heads * self.head_dim
+        outputs = {
+            "qkv": (self.heads * self.head_dim, keys, keys),
+            "out": (self.hidden,),
+            "gate_up": (self.intermediate, self.intermediate),
+            "down": (self.hidden,),
+        }
+        return fuse_adapter(adapter, layers=self.layers, outputs=outputs, dtype=self.dtype, device=self.device)
+
     def prefill(
-        self, weights: FusedWeights, tokens: Tensor, positions: Tensor, window: Tensor, mask: Tensor | None
+        self,
+        weights: FusedWeights,
+        tokens: Tensor,
+        positions: Tensor,
+        window: Tensor,
+        mask: Tensor | None,
+        adapters: GroupedAdapters | None = None,
     ) -> None:
         """Write the keys and values of `tokens` (B, S) into the last S columns of `window` (L, 2, B, K, W, D).
 
@@ -164,14 +187,15 @@ class FusedNetwork:
             positions: (B, S) place of each token in its own sequence.
             window: the columns before the last S hold what each row may look back at.
             mask: (B, 1, S, W), added to the scores; `None` is causal, for W = S.
+            adapters: which LoRA each row adds to the weights; `None` where no row has any.
         """
         x = F.embedding(tokens, weights.embedding).flatten(0, 1)
         cos, sin = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)
         last = len(weights.layers) - 1
-        for index, layer in enumerate(weights.layers):
-            cache = window[index]
-            query = self.write(layer, x, cos, sin, cache, keys_only=index == last)
-            if index == last:
+        for layer in weights.layers:
+            cache = window[layer.index]
+            query = self.write(layer, x, cos, sin, cache, adapters, keys_only=layer.index == last)
+            if layer.index == last:
                 return
             attended = F.scaled_dot_product_attention(
                 query.transpose(1, 2),
@@ -181,10 +205,16 @@ class FusedNetwork:
                 is_causal=mask is None,
                 enable_gqa=self.heads != self.kv_heads,
             )
-            x = self.leave(layer, x, attended.transpose(1, 2).reshape(x.shape[0], -1))
+            x = self.leave(layer, x, attended.transpose(1, 2).reshape(x.shape[0], -1), adapters)
 
     def decode(
-        self, weights: FusedWeights, tokens: Tensor, positions: Tensor, window: Tensor, mask: Tensor | None
+        self,
+        weights: FusedWeights,
+        tokens: Tensor,
+        positions: Tensor,
+        window: Tensor,
+        mask: Tensor | None,
+        adapters: RowAdapters | None = None,
     ) -> Tensor:
         """Return the logits (B, V) after one token a row, whose keys and values go into the last column.
 
@@ -194,28 +224,42 @@ class FusedNetwork:
             positions: (B,).
             window: (L, 2, B, K, W, D).
             mask: (B, 1, 1, W), added to the scores; `None`: every row sees every column.
+            adapters: which LoRA each row adds to the weights; `None` where no row has any.
         """
         rows = tokens.shape[0]
         x = F.embedding(tokens, weights.embedding)
         cos, sin = self.cos[positions].view(rows, 1, 1, -1), self.sin[positions].view(rows, 1, 1, -1)
-        for index, layer in enumerate(weights.layers):
-            cache = window[index]
-            query = self.write(layer, x, cos, sin, cache)
+        for layer in weights.layers:
+            cache = window[layer.index]
+            query = self.write(layer, x, cos, sin, cache, adapters)
             # The heads that share a key-value head stand where queries of one head would: no copies of keys.
             grouped = query.view(rows, self.kv_heads, self.heads // self.kv_heads, self.head_dim)
             attended = F.scaled_dot_product_attention(grouped, cache[0], cache[1], attn_mask=mask)
-            x = self.leave(layer, x, attended.reshape(rows, -1))
-        return F.linear(F.rms_norm(x, (self.hidden,), weights.norm, self.eps), weights.head)
+            x = self.leave(layer, x, attended.reshape(rows, -1), adapters)
+        normed = F.rms_norm(x, (self.hidden,), weights.norm, self.eps)
+        logits = F.linear(normed, weights.head)
+        return logits if adapters is None else adapters.add(-1, "head", normed, logits)
 
     def write(
-        self, layer: FusedLayer, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, *, keys_only: bool = False
+        self,
+        layer: FusedLayer,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        adapters: RowAdapters | GroupedAdapters | None,
+        *,
+        keys_only: bool = False,
     ) -> Tensor:
         """Store this layer's new keys and values; return the rotated queries (B, S, heads or, `keys_only`, 0, D)."""
         rows, new = cache.shape[1], x.shape[0] // cache.shape[1]
         skipped = self.heads if keys_only else 0
         weight = layer.qkv[skipped * self.head_dim :]
         bias = None if layer.qkv_bias is None else layer.qkv_bias[skipped * self.head_dim :]
-        joined = F.linear(F.rms_norm(x, (self.hidden,), layer.input_norm, self.eps), weight, bias)
+        normed = F.rms_norm(x, (self.hidden,), layer.input_norm, self.eps)
+        joined = F.linear(normed, weight, bias)
+        if adapters is not None:
+            joined = adapters.add(layer.index, "qkv", normed, joined, skipped * self.head_dim)
         joined = joined.view(rows, new, -1, self.head_dim)
         first_value = self.heads + self.kv_heads - skipped
         rotated = joined[:, :, :first_value]
@@ -227,8 +271,18 @@ class FusedNetwork:
         cache[1, :, :, -new:] = joined[:, :, first_value:].transpose(1, 2)
         return rotated[:, :, :first_key]
 
-    def leave(self, layer: FusedLayer, x: Tensor, attended: Tensor) -> Tensor:
+    def leave(
+        self, layer: FusedLayer, x: Tensor, attended: Tensor, adapters: RowAdapters | GroupedAdapters | None
+    ) -> Tensor:
         """Return the layer's output from its input and what its heads attended to."""
         x = torch.addmm(x, attended, layer.out.t())
-        gate, up = F.linear(F.rms_norm(x, (self.hidden,), layer.mlp_norm, self.eps), layer.gate_up).chunk(2, -1)
-        return torch.addmm(x, F.silu(gate).mul_(up), layer.down.t())
+        if adapters is not None:
+            x = adapters.add(layer.index, "out", attended, x)
+        normed = F.rms_norm(x, (self.hidden,), layer.mlp_norm, self.eps)
+        both = F.linear(normed, layer.gate_up)
+        if adapters is not None:
+            both = adapters.add(layer.index, "gate_up", normed, both)
+        gate, up = both.chunk(2, -1)
+        inner = F.silu(gate).mul_(up)
+        x = torch.addmm(x, inner, layer.down.t())
+        return x if adapters is None else adapters.add(layer.index, "down", inner, x)

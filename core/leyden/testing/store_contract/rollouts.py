@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from leyden.errors import StoreError
+from leyden.errors import RewardError, StoreError
 from leyden.interfaces import Outcome, Owner
 from leyden.ownership import current_owner
 from leyden.spans import Mode, RolloutState
-from leyden.testing.records import a_rollout
+from leyden.testing.records import a_reward, a_rollout
 from leyden.testing.store_contract.harness import MakeStore, dead_owner, opened, refuses, running, start, state_of
 
 
@@ -115,6 +115,38 @@ async def check_a_dead_owner_loses_its_rollouts_at_once(make_store: MakeStore) -
         assert sorted(await store.reclaim()) == ["dead", "rebooted", "reused"]
         assert list(await store.reclaim()) == []
         assert await start(store, "dead") == {"dead": 2}
+
+
+async def check_a_group_is_scored_once_and_only_when_it_has_finished(make_store: MakeStore) -> None:
+    async with opened(make_store) as store:
+        for name in ("a", "b", "other"):
+            await running(store, name, group_id="another" if name == "other" else "group-1")
+        late = a_reward("a", 0.5, name="quality")
+        await refuses(store.score("group-1", [late], {"a": 0.5}), StoreError, "a", "running")
+        for name in ("a", "b", "other"):
+            await store.finish([Outcome(rollout_id=name, attempt=1, state=RolloutState.SUCCEEDED)])
+        await refuses(store.score("group-1", [late], {"a": 0.5, "other": 1.0}), StoreError, "other", "another")
+        await refuses(store.score("group-1", [late], {"a": 0.5, "missing": 1.0}), StoreError, "missing")
+        await refuses(store.score("group-1", [late], {"a": float("nan")}), RewardError, "a", "nan")
+        assert not await store.is_scored("group-1")
+        assert [one.rewards for one in await store.records(["a"])] == [[]]  # no refusal has left a trace
+        await store.score("group-1", [late], {"a": 0.5, "b": None})
+        await store.score("group-1", [a_reward("a", 0.75, name="quality")], {"a": 0.75, "b": 1.0})
+        assert await store.is_scored("group-1") and not await store.is_scored("another")
+        a, b = await store.records(["a", "b"])
+        assert (a.rollout.reward, a.rewards, b.rollout.reward) == (0.5, [late], None)
+        await refuses(store.score("another", [], {"a": 1.0}), StoreError, "a", "group-1")
+
+
+async def check_a_late_reward_with_another_value_is_refused(make_store: MakeStore) -> None:
+    async with opened(make_store) as store:
+        await running(store, "a")
+        await store.add_records([a_reward("a", 1.0, name="format")])
+        await store.finish([Outcome(rollout_id="a", attempt=1, state=RolloutState.SUCCEEDED)])
+        again = a_reward("a", 0.0, name="format")
+        await refuses(store.score("group-1", [again], {"a": 1.0}), RewardError, "format")
+        assert not await store.is_scored("group-1")
+        assert (await store.rollouts())[0].reward is None
 
 
 async def check_a_late_outcome_changes_no_state_and_is_kept(make_store: MakeStore) -> None:

@@ -8,8 +8,10 @@ from typing import Literal
 
 from leyden import mdp
 from leyden.errors import ConfigurationError
-from leyden.interfaces import Group, Loss, Session
+from leyden.interfaces import Group, Loss, Objective, Session
+from leyden.metrics import sample_metrics
 from leyden.roles import Policy
+from leyden.stepwise import Stepwise
 
 __all__ = ["RejectionSampling", "kept_rollouts"]
 
@@ -33,7 +35,7 @@ def kept_rollouts(groups: Sequence[Group], keep: Literal["best"] | float) -> set
 
 
 @dataclass(frozen=True)
-class RejectionSampling:
+class RejectionSampling(Stepwise):
     """Rejection-sampling fine-tuning (RFT, Yuan et al. 2023): imitate the rollouts with the highest rewards.
 
     Raises:
@@ -47,7 +49,6 @@ class RejectionSampling:
     normalisation: mdp.Normalisation = "token_mean"
     updates_per_step: int = 1
     """Optimizer steps a training step; each takes whole groups, in seeded order."""
-    layout: mdp.Layout = "merged"
     seed: int = 0
     """Orders the groups over the updates of a step."""
 
@@ -63,41 +64,22 @@ class RejectionSampling:
                 f"keep='best' compares the rollouts of a group, but group_size={self.group_size!r}; use at least 2"
             )
         mdp.weigh([], self.normalisation)
-        mdp.rows([], self.layout)
 
-    def check(self, policies: Sequence[Policy]) -> None:
-        """Refuse a run with nothing to train.
-
-        Raises:
-            ConfigurationError: no policy is trainable.
-        """
-        if not any(policy.trainable for policy in policies):
-            raise ConfigurationError("no policy is trainable; give at least one Policy(..., trainable=True)")
-
-    async def run(self, session: Session) -> None:
-        """Sample, imitate what was kept, finish the step; until the session has no more steps."""
-        trainable = [policy for policy in session.policies if policy.trainable]
-        async for step in session.steps():
-            groups = await session.sample(step, group_size=self.group_size)
-            metrics = mdp.reward_metrics(groups)
-            for policy in trainable:
-                measured = await self._improve(session, policy, groups, step)
-                prefix = f"{policy.name}/" if len(trainable) > 1 else ""
-                metrics |= {prefix + name: value for name, value in measured.items()}
-            await session.finish_step(step, groups, metrics)
-
-    async def _improve(self, session: Session, policy: Policy, groups: Sequence[Group], step: int) -> dict[str, float]:
+    async def improve(self, session: Session, policy: Policy, groups: Sequence[Group], step: int) -> dict[str, float]:
         """Update one policy from a step's groups; return metrics."""
         admitted = session.transitions(groups, policy)
         keep = kept_rollouts(groups, self.keep)
         # Imitation is of what was said, not of how it was sampled: the likelihood is the model's own, at 1.
         kept = [replace(one, temperature=1.0, advantage=1.0) for one in admitted if one.rollout_id in keep]
         cuts = mdp.cut(kept, self.updates_per_step, seed=f"{self.seed}/{policy.name}/{step}")
-        metrics = mdp.sample_metrics(admitted) | {
+        metrics = sample_metrics(admitted) | {
             "tokens/trained": float(sum(len(one.token_ids) for one in kept)),
             "rollouts/kept": float(len(keep)),
         }
         if kept:
-            batches = [mdp.rows(mdp.weigh(batch, self.normalisation), self.layout) for batch in cuts]
-            metrics |= dict(await session.update(policy, batches, Loss(name="cross_entropy")))
+            loss = Loss(name="cross_entropy")
+            batches = [
+                [Objective(loss=loss, samples=mdp.samples(mdp.weigh(batch, self.normalisation)))] for batch in cuts
+            ]
+            metrics |= dict(await session.update(policy, batches))
         return metrics

@@ -21,7 +21,7 @@ from leyden.roles import RESERVED_MODEL, Policy
 
 if TYPE_CHECKING:
     from leyden_plugins.engines.transformers.backend import Backend
-    from leyden_plugins.engines.transformers.batching import Served
+    from leyden_plugins.engines.transformers.lane import Served
 
 __all__ = ["TransformersEngine"]
 
@@ -33,6 +33,8 @@ class TransformersEngine:
         ConfigurationError: a value that no model could be served with.
     """
 
+    keeps_versions = True
+    """Requests in flight keep their copy of the weights, so a publish disturbs none."""
     forces_tools = True
     """A tool choice that forces a call is kept to."""
     constrains_format = True
@@ -207,10 +209,26 @@ class TransformersEngine:
             raise ConfigurationError("the prompt is empty; it needs at least one token")
         return prompt
 
+    def continuation(
+        self, request: GenerationRequest, answered: int, answer_ids: Sequence[int]
+    ) -> tuple[int, ...] | None:
+        """Return the tokens that follow a sampled answer, which is message number `answered` of the request.
+
+        `None` where the chat template cannot say: it refuses such a conversation, or leaves the answer out.
+
+        Raises:
+            EngineError: the engine is not running.
+        """
+        backend = self._started()
+        tools = () if request.tool_choice == "none" else request.tools
+        return backend.chat.continuation(request.messages, answered, answer_ids, tools=tools, ends=backend.eos)
+
     async def publish(self, policy: str, version: int, weights: Weights) -> None:
         """Serve a copy of `weights` for requests that begin after this returns; running ones keep theirs.
 
-        The number is the caller's, who never reuses one; caches are keyed by the copy, so that none could mix.
+        The number is the caller's, who never reuses one; caches are keyed by the copy, so that none could mix. LoRAs
+        (`Weights.lora`, or a PEFT folder) are added to the base: in the families that run `fused`, rows of all of them
+        and of the base decode in one step; elsewhere each is merged into a copy of the layers that it changes.
 
         Raises:
             ConfigurationError: an unknown policy, or weights of another model.

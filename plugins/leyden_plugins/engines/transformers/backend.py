@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -11,12 +12,12 @@ from weakref import ref
 
 from leyden.errors import ConfigurationError
 from leyden.interfaces import GenerationRequest, Weights
-from leyden_plugins.engines.transformers.batching import Answer, Batcher, Call, Served
+from leyden_plugins.engines.transformers.batching import Answer, Batcher, Call
 from leyden_plugins.engines.transformers.cache import PrefixCache
 from leyden_plugins.engines.transformers.chat import Chat
 from leyden_plugins.engines.transformers.delivery import DeltaStream
-from leyden_plugins.engines.transformers.lane import Lane, SoloLane, WindowLane
-from leyden_plugins.engines.transformers.networks import Network, choose_network, row_network
+from leyden_plugins.engines.transformers.lane import Lane, Served, SoloLane, WindowLane
+from leyden_plugins.engines.transformers.networks import ModuleNetwork, choose_network, row_network
 from leyden_plugins.engines.transformers.text import Codec, TextStream
 from leyden_plugins.torch_models import (
     FusedNetwork,
@@ -24,8 +25,10 @@ from leyden_plugins.torch_models import (
     digest,
     eos_token_ids,
     hollow,
+    is_adapter,
     load_model,
     load_tokenizer,
+    read_adapter,
     read_tensors,
     vocabulary_of,
 )
@@ -62,21 +65,24 @@ class Backend:
         tensors = dict(self._model.named_parameters())
         network = choose_network(self._model, tensors, self.context_length)
         self._solo = row_network(self._model, tensors) if network is None else None
-        self._network: Network[Any] = network or self._solo  # type: ignore[assignment]  # one of them is there
-        self._base = self._network.prepare(tensors)
+        self._network: FusedNetwork | ModuleNetwork = network or self._solo  # type: ignore[assignment]  # one is there
+        self._base: Any = self._network.prepare(tensors)
+        self._base_id = 0
         self._cache = PrefixCache(prefix_cache_tokens)
-        self._eos = eos_token_ids(self._model, tokenizer) if eos is None else eos
+        self.eos = eos_token_ids(self._model, tokenizer) if eos is None else eos
         self._grammars: Grammars | None = None
         self.batcher = Batcher(
             lane=self._lane,
             cache=self._cache,
             chat=self.chat,
-            eos=self._eos,
+            eos=self.eos,
             max_rows=max_rows,
             threads=threads,
         )
         # Every version, the base too, is a copy of its own: the loaded one need not stay.
         hollow(self._model)
+        # Published tensors are compared with this one: while the sampling thread runs, others stand in the first.
+        self._described = copy.deepcopy(self._model)
 
     @property
     def network_name(self) -> str:
@@ -86,8 +92,9 @@ class Backend:
         return "generic" if self._solo is None else "row by row"
 
     def base(self, weights_id: int) -> Served:
-        """Return the weights the model was loaded with."""
-        return Served(weights_id=weights_id, weights=self._base)
+        """Return the weights the model was loaded with; LoRAs published later share their lane."""
+        self._base_id = weights_id
+        return Served(weights_id=weights_id, lane_id=weights_id, weights=self._base)
 
     def snapshot(self, weights_id: int, weights: Weights) -> Served:
         """Copy weights from memory or, where there are none, from their folder.
@@ -97,17 +104,35 @@ class Backend:
         """
         if weights.tensors is None and weights.folder is None:
             raise ConfigurationError("Weights holds neither tensors nor a folder; give one of them")
-        given = weights.tensors if weights.tensors is not None else read_tensors(Path(str(weights.folder)))
-        return Served(weights_id=weights_id, weights=self._network.prepare(canonical_tensors(self._model, given)))
+        folder = None if weights.tensors is not None else Path(str(weights.folder))
+        names_factors = any(".lora_" in name for name in weights.tensors or ())
+        if weights.lora is not None or names_factors or (folder is not None and is_adapter(folder)):
+            return self._snapshot_adapter(weights_id, weights, folder)
+        given = weights.tensors if folder is None else read_tensors(folder)
+        assert given is not None  # one of both is there
+        prepared = self._network.prepare(canonical_tensors(self._described, given))
+        return Served(weights_id=weights_id, lane_id=weights_id, weights=prepared)
+
+    def _snapshot_adapter(self, weights_id: int, weights: Weights, folder: Path | None) -> Served:
+        """Copy a LoRA on the base: beside it where the network adds factors, else merged into it."""
+        adapter = read_adapter(self._described, lora=weights.lora, tensors=weights.tensors, folder=folder)
+        if isinstance(self._network, FusedNetwork):
+            fused = self._network.fuse(adapter)
+            return Served(weights_id=weights_id, lane_id=self._base_id, weights=self._base, adapter=fused)
+        merged = self._network.merge(self._base, adapter)
+        return Served(weights_id=weights_id, lane_id=weights_id, weights=merged)
 
     def digest(self, served: Served) -> str:
-        """Return the SHA-256 of served tensors under their Hugging Face names."""
-        return digest(self._network.named(served.weights))
+        """Return the SHA-256 of served tensors under their Hugging Face names, a LoRA's factors under PEFT's."""
+        named = dict(self._network.named(served.weights))
+        if served.adapter is not None:
+            named |= served.adapter.named
+        return digest(named)
 
     def _lane(self, served: Served) -> Lane[Answer]:
         if self._solo is not None:
             return SoloLane(self._solo, served.weights)
-        return WindowLane(self._network, served.weights, served.weights_id, self._cache, self.context_length)
+        return WindowLane(self._network, served.weights, self._cache, self.context_length)
 
     def open_call(
         self,
@@ -123,7 +148,6 @@ class Backend:
         stream = DeltaStream(loop)
         parses_tools = bool(request.tools) and request.tool_choice != "none"
         call = Call(
-            served=served,
             is_streamed=request.stream,
             parses_tools=parses_tools,
             loop=loop,
@@ -138,6 +162,7 @@ class Backend:
                 token_ids=[],
                 forced=request.forced_token_ids,
                 constraint=self._constraint(request),
+                served=served,
                 prompt=prompt,
                 call=call,
                 index=index,
@@ -155,7 +180,7 @@ class Backend:
         from leyden_plugins.engines.transformers.constraint import Grammars
 
         if self._grammars is None:
-            self._grammars = Grammars(self.chat.codec, self.vocabulary, self._eos)
+            self._grammars = Grammars(self.chat.codec, self.vocabulary, self.eos)
         return self._grammars.constraint(request, self.chat.forms)
 
     def _text(self, request: GenerationRequest, parses_tools: bool) -> TextStream | None:

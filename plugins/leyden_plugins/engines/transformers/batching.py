@@ -1,7 +1,8 @@
 """Sample all requests together, on a thread of its own.
 
-One idea: each turn of the loop admits what waits, takes one decode step for every version of weights that has
-rows, and hands the results over with one wake-up. A request joins and leaves between two steps.
+One idea: each turn of the loop admits what waits, takes one decode step for every lane that has rows, and hands the
+results over with one wake-up. A lane is one set of whole weights; rows of all LoRAs on it are in that same step. A
+request joins and leaves between two steps.
 One trap: requests hold their weights themselves, so a version lives exactly as long as its last request.
 """
 
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
+from typing import Literal
 from weakref import ref
 
 import torch
@@ -25,28 +26,17 @@ from leyden.interfaces import Delta
 from leyden_plugins.engines.transformers.cache import PrefixCache
 from leyden_plugins.engines.transformers.chat import Chat, ToolCall
 from leyden_plugins.engines.transformers.delivery import DeltaStream, Item, deliver
-from leyden_plugins.engines.transformers.lane import Lane, Row
+from leyden_plugins.engines.transformers.lane import Lane, Row, Served
 from leyden_plugins.engines.transformers.sampling import Sampler
 from leyden_plugins.engines.transformers.text import TextStream
 
 Reason = Literal["stop", "length", "tool_calls"]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Served:
-    """One version of weights, ready to run."""
-
-    weights_id: int
-    """Unique to these tensors: two names that serve the same tensors share lanes and cache."""
-    weights: Any
-    """What the network's `prepare` made."""
-
-
 @dataclass(eq=False, kw_only=True)
 class Call:
     """A request in the batch."""
 
-    served: Served
     is_streamed: bool
     parses_tools: bool
     loop: asyncio.AbstractEventLoop
@@ -173,9 +163,9 @@ class Batcher:
         is_idle = not self._waiting and not any(lane.rows for lane in self._lanes.values())
         self._take_commands(wait=is_idle)
         self._admit()
-        for weights_id, lane in list(self._lanes.items()):
+        for lane_id, lane in list(self._lanes.items()):
             if lane.rows:
-                self._guarded(weights_id, partial(self._step, weights_id, lane))
+                self._guarded(lane_id, partial(self._step, lane_id, lane))
         self._hand_over()
         if self._retired:
             self._drop_retired()
@@ -196,50 +186,60 @@ class Batcher:
         while self._waiting and room > 0:
             row = self._waiting.popleft()
             if not row.call.is_over:
-                chosen.setdefault(row.call.served.weights_id, []).append(row)
+                chosen.setdefault(row.served.lane_id, []).append(row)
                 room -= 1
-        for weights_id, rows in chosen.items():
-            self._guarded(weights_id, partial(self._join, rows), rows)
+        for lane_id, rows in chosen.items():
+            self._guarded(lane_id, partial(self._join, rows), rows)
 
     def _join(self, rows: list[Answer]) -> None:
-        served = rows[0].call.served
-        if served.weights_id not in self._lanes:
-            self._lanes[served.weights_id] = self._make_lane(served)
-        self._lanes[served.weights_id].admit(rows)
-        self._samplers.pop(served.weights_id, None)
+        served = rows[0].served
+        if served.lane_id not in self._lanes:
+            self._lanes[served.lane_id] = self._make_lane(served)
+        self._lanes[served.lane_id].admit(rows)
+        self._samplers.pop(served.lane_id, None)
 
-    def _guarded(self, weights_id: int, work: Callable[[], None], joining: Iterable[Answer] = ()) -> None:
-        """Do `work`; what it raises fails the requests on these weights and nobody else."""
+    def _guarded(self, lane_id: int, work: Callable[[], None], joining: Iterable[Answer] = ()) -> None:
+        """Do `work`; what it raises fails the requests of this lane and nobody else."""
         try:
             work()
         except Exception as error:
-            lane = self._lanes.pop(weights_id, None)
-            self._samplers.pop(weights_id, None)
+            lane = self._lanes.pop(lane_id, None)
+            self._samplers.pop(lane_id, None)
+            self._fail_rows([*(lane.rows if lane else ()), *joining], error)
+
+    def _fail_rows(self, rows: Iterable[Answer], error: Exception) -> None:
+        """Fail the calls of rows."""
+        failed = list(rows)
+        for weights_id in {row.served.weights_id for row in failed}:
             # What the cache holds may be the cause, or half written.
             self._cache.drop(weights_id)
-            rows = [*(lane.rows if lane else ()), *joining]
-            calls = {row.call for row in rows}
-            self._fail(calls, f"sampling failed: {error!r}", error)
+        self._fail({row.call for row in failed}, f"sampling failed: {error!r}", error)
 
-    def _step(self, weights_id: int, lane: Lane[Answer]) -> None:
+    def _step(self, lane_id: int, lane: Lane[Answer]) -> None:
         logits = lane.decode()
-        sampler = self._samplers.get(weights_id)
+        sampler = self._samplers.get(lane_id)
         if sampler is None:
-            sampler = self._samplers[weights_id] = Sampler(list(lane.rows), logits.device)
+            sampler = self._samplers[lane_id] = Sampler(list(lane.rows), logits.device)
         chosen = sampler.choose(logits)
         tokens, logprobs = chosen.tokens_B.tolist(), chosen.logprobs_B.tolist()
-        if math.isnan(sum(logprobs)):
-            raise EngineError("the logits are not numbers; the published weights hold NaN or overflow")
-        gone = []
+        gone, spoilt = [], []
         for place, row in enumerate(lane.rows):
             row.token_ids.append(tokens[place])
             row.logprobs.append(logprobs[place])
-            if self._advance(row, tokens[place]):
+            if math.isnan(logprobs[place]):
+                spoilt.append(row)
+            elif self._advance(row, tokens[place]):
                 gone.append(place)
         self.tokens_sampled += len(tokens)
         if gone:
             lane.remove(gone)
-            del self._samplers[weights_id]
+            del self._samplers[lane_id]
+        if spoilt:
+            # One policy's weights may be at fault while the others of the lane are sound.
+            self._fail_rows(
+                spoilt, EngineError("the logits are not numbers; the published weights hold NaN or overflow")
+            )
+            lane.scrub()
 
     def _advance(self, row: Answer, token: int) -> bool:
         """Give out what is new of a row; say whether it is finished."""
@@ -301,12 +301,12 @@ class Batcher:
         for call in calls:
             call.is_over = True
             self._calls.discard(call)
-            lane = self._lanes.get(call.served.weights_id)
-            if lane is not None:
+            for lane_id in {row.served.lane_id for row in call.rows} & set(self._lanes):
+                lane = self._lanes[lane_id]
                 gone = [place for place, row in enumerate(lane.rows) if row.call is call]
                 if gone:
                     lane.remove(gone)
-                    self._samplers.pop(call.served.weights_id, None)
+                    self._samplers.pop(lane_id, None)
 
     def _hand_over(self) -> None:
         """Wake each loop once with everything that is for it."""
@@ -324,11 +324,13 @@ class Batcher:
         self._outbox.clear()
 
     def _drop_retired(self) -> None:
-        waited_for = {row.call.served.weights_id for row in self._waiting}
-        for weights_id in list(self._retired):
-            lane = self._lanes.get(weights_id)
-            if weights_id not in waited_for and (lane is None or not lane.rows):
-                self._lanes.pop(weights_id, None)
-                self._samplers.pop(weights_id, None)
-                self._cache.drop(weights_id)
-                self._retired.discard(weights_id)
+        rows = [*self._waiting, *(row for lane in self._lanes.values() for row in lane.rows)]
+        idle = self._retired - {row.served.weights_id for row in rows}
+        for weights_id in idle:
+            self._lanes.pop(weights_id, None)
+            self._samplers.pop(weights_id, None)
+            self._cache.drop(weights_id)
+        if idle:
+            self._retired -= idle
+            for lane in self._lanes.values():
+                lane.forget()

@@ -28,6 +28,7 @@ with extra("train"):
 
 REMEMBERED_PROMPTS = 1024
 PROBE_NAME, PROBE_KEY, PROBE_VALUE = "leyden_probe_name", "leyden_probe_key", "leyden_probe_value"
+PROBE_ANSWER = "leyden_probe_answer"
 PROBE_ARGUMENTS = json.dumps({PROBE_KEY: PROBE_VALUE})
 
 ToolCall = dict[str, object]
@@ -95,6 +96,36 @@ class Chat:
             if len(self._prompts) > REMEMBERED_PROMPTS:
                 self._prompts.popitem(last=False)
         return tokens
+
+    def continuation(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        answered: int,
+        answer_ids: Sequence[int],
+        *,
+        tools: Sequence[Mapping[str, object]],
+        ends: frozenset[int],
+    ) -> tuple[int, ...] | None:
+        """Return the tokens that follow a sampled answer, which is `messages[answered]`.
+
+        The conversation is rendered with known words in the place of the answer, and what stands behind them is
+        taken: the end of the turn, the later messages, and what asks for the next one. An end that was sampled (one
+        of `ends`) is not repeated. `None`: the template refuses such a conversation, or does not show the words.
+        """
+        turns = [self._message(message) for message in messages]
+        turns[answered] = {"role": "assistant", "content": PROBE_ANSWER}
+        try:
+            text = self._render(turns, tools, ask=True)
+        except ConfigurationError:
+            return None
+        _, words, after = text.rpartition(PROBE_ANSWER)
+        if not words:
+            return None
+        tokens = self.codec.encode(after)
+        if tokens and answer_ids:
+            is_ended = tokens[0] == answer_ids[-1] or (tokens[0] in ends and answer_ids[-1] in ends)
+            tokens = tokens[1:] if is_ended else tokens
+        return tuple(tokens)
 
     def parse(self, text: str) -> Parsed:
         """Split an answer at its first tool call; an answer without a well-formed one is all text."""

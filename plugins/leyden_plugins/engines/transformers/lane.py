@@ -1,4 +1,4 @@
-"""Hold the rows that decode together: those of one version of weights.
+"""Hold the rows that decode together: those of one set of whole weights, with any LoRAs on it.
 
 One idea: the cache keeps rotated keys, so a row's tokens may lie in any columns. All rows end at the same column;
 a decode step writes one column for all of them, and a mask hides what lies before a row's first token.
@@ -11,7 +11,7 @@ Axes: B rows, W columns in use, S new tokens, L layers, K key-value heads, D hea
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -19,21 +19,35 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from leyden_plugins.engines.transformers.cache import Hit, PrefixCache
+from leyden_plugins.engines.transformers.cache import PrefixCache
 from leyden_plugins.engines.transformers.networks import ModuleNetwork, Network
+from leyden_plugins.engines.transformers.prefill import Prompt, Waiting, batches, prefill_batch
 from leyden_plugins.engines.transformers.sampling import Sampled
+from leyden_plugins.torch_models import AdapterStack, FusedAdapter, RowAdapters
 
 SPARE_COLUMNS = 64
 """Columns beyond the longest row: the cache is moved back once in so many steps."""
 
-MAX_PREFILL_TOKENS = 16_384
-"""Padded tokens a prefill batch: bounds its memory and how long running rows wait for it."""
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Served:
+    """One version of a policy's weights, ready to run."""
+
+    weights_id: int
+    """Unique to what is computed with them: two names that serve the same share cached prompts."""
+    lane_id: int
+    """Whose rows decode together: the `weights_id` of the whole weights, which a LoRA's rows share with the base's."""
+    weights: Any
+    """What the network's `prepare` made."""
+    adapter: FusedAdapter | None = None
+    """The LoRA to add; `None` where there is none, or where it is merged into `weights`."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Row(Sampled):
     """One choice being sampled: a place in the batch."""
 
+    served: Served
     prompt: tuple[int, ...]
 
     @property
@@ -51,7 +65,7 @@ R = TypeVar("R", bound=Row)
 
 
 class Lane(Protocol[R]):
-    """Rows of one version of weights."""
+    """Rows of one set of whole weights."""
 
     @property
     def rows(self) -> Sequence[R]: ...
@@ -68,16 +82,21 @@ class Lane(Protocol[R]):
         """Take rows out, by place; others may change places."""
         ...
 
+    def forget(self) -> None:
+        """Free what is kept of LoRAs that have no rows."""
+        ...
+
+    def scrub(self) -> None:
+        """Remove what is not a number: rows that had it are gone, and others may take their places."""
+        ...
+
 
 class WindowLane(Generic[R]):
     """Rows that share one window of keys and values."""
 
-    def __init__(
-        self, network: Network[Any], weights: object, weights_id: int, cache: PrefixCache, longest: int
-    ) -> None:
+    def __init__(self, network: Network[Any], weights: object, cache: PrefixCache, longest: int) -> None:
         self.network = network
         self.weights = weights
-        self.weights_id = weights_id
         self.cache = cache
         self.longest = longest
         self.rows: list[R] = []
@@ -90,20 +109,23 @@ class WindowLane(Generic[R]):
         self._positions = self._starts = torch.empty(0, dtype=torch.long)
         self._columns = torch.empty(0, dtype=torch.long)
         self._is_ragged = False
+        self._stack = AdapterStack(())
+        """Every LoRA that rows had since the last was forgotten: it need not be built anew when rows come and go."""
+        self._adapters: RowAdapters | None = None
 
     def admit(self, rows: Sequence[R]) -> None:
         """Prefill each distinct prompt once, then copy its keys and values to the rows that asked."""
-        groups: dict[tuple[int, ...], list[R]] = {}
+        groups: dict[Prompt, list[R]] = {}
         for row in rows:
-            groups.setdefault(row.prompt[:-1], []).append(row)
-        prompts = [prompt for prompt in groups if prompt]
-        computed = prefill(self.network, self.weights, self.weights_id, self.cache, prompts, self.longest)
+            groups.setdefault(Prompt(row.served.weights_id, row.prompt[:-1]), []).append(row)
+        adapters = {row.served.weights_id: row.served.adapter for row in rows}
+        computed = self.prefill([prompt for prompt in groups if prompt.tokens], adapters)
         ordered = [row for group in groups.values() for row in group]
         self._make_room(len(self.rows) + len(rows), max(row.cached for row in ordered))
         at = len(self.rows)
         for prompt, group in groups.items():
-            if prompt:
-                target = self._window[:, :, at : at + len(group), :, self.end - len(prompt) : self.end]
+            if prompt.tokens:
+                target = self._window[:, :, at : at + len(group), :, self.end - len(prompt.tokens) : self.end]
                 target.copy_(computed[prompt].unsqueeze(2))
             at += len(group)
         self.rows.extend(ordered)
@@ -124,7 +146,7 @@ class WindowLane(Generic[R]):
             mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
         device = self.network.device
         tokens = torch.tensor([row.last_token for row in self.rows], dtype=torch.long, device=device)
-        logits = self.network.decode(self.weights, tokens, self._positions, window, mask)
+        logits = self.network.decode(self.weights, tokens, self._positions, window, mask, self._adapters)
         self._positions = self._positions + 1
         self.end += 1
         return logits
@@ -145,6 +167,44 @@ class WindowLane(Generic[R]):
             self.end = 0
         self._changed = True
 
+    def forget(self) -> None:
+        """Free the stacked adapters; those of the rows are stacked anew at the next step."""
+        self._stack = AdapterStack(())
+        self._adapters = None
+        self._changed = True
+
+    def scrub(self) -> None:
+        """Set what is not a number to 0: a masked column is multiplied by 0, which leaves a NaN a NaN."""
+        self._window.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def prefill(self, prompts: Sequence[Prompt], adapters: Mapping[int, FusedAdapter | None]) -> dict[Prompt, Tensor]:
+        """Return the keys and values (L, 2, K, T, D) of distinct prompts, computing what the cache lacks."""
+        computed: dict[Prompt, Tensor] = {}
+        waiting: list[Waiting] = []
+        for prompt in prompts:
+            hit = self.cache.find(prompt.weights_id, prompt.tokens)
+            if hit is not None and hit.length == len(prompt.tokens):
+                computed[prompt] = hit.entry.keys_values[:, :, :, : hit.length]
+            else:
+                waiting.append(Waiting(prompt, hit))
+        for batch in batches(waiting):
+            added = [adapters[one.prompt.weights_id] for one in batch]
+            found = prefill_batch(self.network, self.weights, batch, self.longest, added)
+            for one, keys_values in zip(batch, found, strict=True):
+                computed[one.prompt] = keys_values
+                self.cache.add(one.prompt.weights_id, one.prompt.tokens, keys_values)
+        return computed
+
+    def _row_adapters(self, adapters: Sequence[FusedAdapter | None]) -> RowAdapters | None:
+        """Return what the passes need to know of the rows' LoRAs: nothing where they have none."""
+        there = {id(adapter): adapter for adapter in adapters if adapter is not None}
+        if not there:
+            return None
+        new = [adapter for adapter in there.values() if not self._stack.holds(adapter)]
+        if new:
+            self._stack = AdapterStack((*self._stack.adapters, *new))
+        return RowAdapters.of(self._stack, adapters, self.network.device)
+
     def _index(self) -> None:
         """Recompute what depends on which rows are here."""
         lengths = [row.cached for row in self.rows]
@@ -154,6 +214,7 @@ class WindowLane(Generic[R]):
         self._positions = torch.tensor(lengths, dtype=torch.long, device=device)
         self._starts = (max(lengths) - self._positions)[:, None]
         self._columns = torch.arange(self._window.shape[4] + 1, device=device)
+        self._adapters = self._row_adapters([row.served.adapter for row in self.rows])
         self._changed = False
 
     def _make_room(self, count: int, length: int) -> None:
@@ -215,67 +276,8 @@ class SoloLane(Generic[R]):
         for place in sorted(set(gone), reverse=True):
             del self.rows[place], self._caches[place]
 
+    def forget(self) -> None:
+        """Do nothing: a LoRA is merged into weights of its own here."""
 
-def prefill(
-    network: Network[Any],
-    weights: object,
-    weights_id: int,
-    cache: PrefixCache,
-    prompts: Sequence[tuple[int, ...]],
-    longest: int,
-) -> dict[tuple[int, ...], Tensor]:
-    """Return the keys and values (L, 2, K, T, D) of distinct prompts, computing what `cache` lacks."""
-    computed: dict[tuple[int, ...], Tensor] = {}
-    waiting: list[tuple[tuple[int, ...], Hit | None]] = []
-    for prompt in prompts:
-        hit = cache.find(weights_id, prompt)
-        if hit is not None and hit.length == len(prompt):
-            computed[prompt] = hit.entry.keys_values[:, :, :, : hit.length]
-        else:
-            waiting.append((prompt, hit))
-    # By the number of tokens to compute, so that little of a batch is padding.
-    waiting.sort(key=lambda item: len(item[0]) - (item[1].length if item[1] else 0))
-    while waiting:
-        batch = [waiting.pop()]
-        new = len(batch[0][0]) - (batch[0][1].length if batch[0][1] else 0)
-        while waiting and (len(batch) + 1) * new <= MAX_PREFILL_TOKENS:
-            prompt, hit = waiting[-1]
-            if 2 * (len(prompt) - (hit.length if hit else 0)) < new:
-                break
-            batch.append(waiting.pop())
-        for (prompt, _), keys_values in zip(batch, prefill_batch(network, weights, batch, longest), strict=True):
-            computed[prompt] = keys_values
-            cache.add(weights_id, prompt, keys_values)
-    return computed
-
-
-def prefill_batch(
-    network: Network[Any],
-    weights: object,
-    batch: Sequence[tuple[tuple[int, ...], Hit | None]],
-    longest: int,
-) -> list[Tensor]:
-    """Compute a batch: known prefixes end at one column, the new tokens begin there and are padded on the right."""
-    known = [hit.length if hit else 0 for _, hit in batch]
-    new = [len(prompt) - length for (prompt, _), length in zip(batch, known, strict=True)]
-    before, after = max(known), max(new)
-    device = network.device
-    shape = (network.layers, 2, len(batch), network.kv_heads, before + after, network.head_dim)
-    window = torch.zeros(shape, dtype=network.dtype, device=device)
-    padded = []
-    for place, ((prompt, hit), length) in enumerate(zip(batch, known, strict=True)):
-        if hit is not None:
-            window[:, :, place, :, before - length : before] = hit.entry.keys_values[:, :, :, :length]
-        padded.append([*prompt[length:], *([0] * (after - new[place]))])
-    tokens = torch.tensor(padded, dtype=torch.long, device=device)
-    lengths = torch.tensor(known, dtype=torch.long, device=device)[:, None]
-    places = torch.arange(after, device=device)
-    positions = (lengths + places).clamp_(max=longest - 1)
-    mask: Tensor | None = None
-    if before:
-        columns = torch.arange(before + after, device=device)
-        hidden = (columns < before - lengths)[:, None] | (columns > before + places[:, None])[None]
-        mask = torch.zeros(hidden.shape, dtype=network.dtype, device=device)
-        mask = mask.masked_fill_(hidden, -torch.inf)[:, None]
-    network.prefill(weights, tokens, positions, window, mask)
-    return [window[:, :, place, :, before - known[place] : before + new[place]] for place in range(len(batch))]
+    def scrub(self) -> None:
+        """Do nothing: a row's cache went with it."""

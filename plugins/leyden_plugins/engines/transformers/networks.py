@@ -13,7 +13,14 @@ from typing import Protocol, TypeVar
 
 from leyden.errors import ConfigurationError
 from leyden.extras import extra
-from leyden_plugins.torch_models import FusedNetwork, vocabulary_of
+from leyden_plugins.torch_models import (
+    Factors,
+    FusedNetwork,
+    GroupedAdapters,
+    RowAdapters,
+    merged_weights,
+    vocabulary_of,
+)
 
 with extra("train"):
     import torch
@@ -41,9 +48,25 @@ class Network(Protocol[W]):
 
     def named(self, weights: W) -> Mapping[str, Tensor]: ...
 
-    def prefill(self, weights: W, tokens: Tensor, positions: Tensor, window: Tensor, mask: Tensor | None) -> None: ...
+    def prefill(
+        self,
+        weights: W,
+        tokens: Tensor,
+        positions: Tensor,
+        window: Tensor,
+        mask: Tensor | None,
+        adapters: GroupedAdapters | None = None,
+    ) -> None: ...
 
-    def decode(self, weights: W, tokens: Tensor, positions: Tensor, window: Tensor, mask: Tensor | None) -> Tensor: ...
+    def decode(
+        self,
+        weights: W,
+        tokens: Tensor,
+        positions: Tensor,
+        window: Tensor,
+        mask: Tensor | None,
+        adapters: RowAdapters | None = None,
+    ) -> Tensor: ...
 
 
 class WindowLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__ has no types
@@ -81,11 +104,21 @@ class WindowLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __in
 
 
 class ModuleNetwork:
-    """The Hugging Face forward pass with weights passed in, so that versions share one module."""
+    """The Hugging Face forward pass with weights passed in, so that versions share one module.
+
+    It knows no layer by name, so a LoRA is merged into weights of its own here and never comes as `adapters`.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         parameter = next(model.parameters())
+        canonical = {id(tensor): name for name, tensor in model.named_parameters()}
+        self.tied = {
+            name: canonical[id(tensor)]
+            for name, tensor in model.named_parameters(remove_duplicate=False)
+            if canonical[id(tensor)] != name
+        }
+        """Further names of tied tensors: a LoRA of the output head changes it and not the embedding."""
         self.dtype, self.device = parameter.dtype, parameter.device
         cache = DynamicCache(config=model.config)
         with torch.inference_mode():
@@ -105,14 +138,29 @@ class ModuleNetwork:
             for name, tensor in tensors.items()
         }
 
+    def merge(self, weights: dict[str, Tensor], adapter: Mapping[str, Factors]) -> dict[str, Tensor]:
+        """Return `weights` plus a LoRA; the layers that it leaves alone are shared, not copied."""
+        return weights | merged_weights(self.model, self.untied(weights), adapter)
+
+    def untied(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the weights with a tensor for every name."""
+        return {name: weights[canonical] for name, canonical in self.tied.items()} | weights if self.tied else weights
+
     def named(self, weights: dict[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the served tensors."""
         return weights
 
     def prefill(
-        self, weights: dict[str, Tensor], tokens: Tensor, positions: Tensor, window: Tensor, mask: Tensor | None
+        self,
+        weights: dict[str, Tensor],
+        tokens: Tensor,
+        positions: Tensor,
+        window: Tensor,
+        mask: Tensor | None,
+        adapters: GroupedAdapters | None = None,
     ) -> None:
         """Write keys and values; see `FusedNetwork.prefill`."""
+        assert adapters is None
         if mask is None:
             new = tokens.shape[1]
             mask = torch.full((new, new), -torch.inf, dtype=self.dtype, device=self.device).triu(1)
@@ -120,9 +168,16 @@ class ModuleNetwork:
         self.forward(weights, tokens, positions, window, mask)
 
     def decode(
-        self, weights: dict[str, Tensor], tokens: Tensor, positions: Tensor, window: Tensor, mask: Tensor | None
+        self,
+        weights: dict[str, Tensor],
+        tokens: Tensor,
+        positions: Tensor,
+        window: Tensor,
+        mask: Tensor | None,
+        adapters: RowAdapters | None = None,
     ) -> Tensor:
         """Return the logits after one token a row; see `FusedNetwork.decode`."""
+        assert adapters is None
         if mask is None:
             mask = torch.zeros(tokens.shape[0], 1, 1, window.shape[4], dtype=self.dtype, device=self.device)
         return self.forward(weights, tokens[:, None], positions[:, None], window, mask)
@@ -134,7 +189,7 @@ class ModuleNetwork:
         cache = Cache([WindowLayer(layer[0], layer[1], tokens.shape[1]) for layer in window])
         output = functional_call(
             self.model,
-            weights,
+            self.untied(weights),
             (tokens,),
             {
                 "attention_mask": mask,
@@ -143,13 +198,15 @@ class ModuleNetwork:
                 "use_cache": True,
                 "logits_to_keep": 1,
             },
+            tie_weights=False,
         )
         logits: Tensor = output.logits[:, -1]
         return logits
 
     def extend(self, weights: dict[str, Tensor], tokens: Tensor, cache: Cache) -> Tensor:
         """Run one row, tokens (1, S), with the model's own cache; return the logits (1, V) at the end."""
-        output = functional_call(self.model, weights, (tokens,), {"past_key_values": cache, "use_cache": True})
+        options = {"past_key_values": cache, "use_cache": True}
+        output = functional_call(self.model, self.untied(weights), (tokens,), options, tie_weights=False)
         logits: Tensor = output.logits[:, -1]
         return logits
 

@@ -1,6 +1,6 @@
-"""The torch learner: full-parameter AdamW on one device, one set of weights a policy.
+"""The torch learner: AdamW on one device; a policy is a full copy of the weights or an adapter on a shared base.
 
-One idea: rows arrive with every normalisation in their weights, so they may be packed, sorted and cut in any way.
+One idea: samples arrive with every normalisation in their weights, so they may be laid out and cut in any way.
 One trap: models stay in evaluation mode. Dropout would make the ratio differ from 1 before the first update.
 """
 
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
 from leyden.errors import ConfigurationError, LeydenError
 from leyden.extras import extra
-from leyden.interfaces import Loss, TrainingRow, Weights
+from leyden.interfaces import Batch, Loss, Sample, Weights
+from leyden.layouts import Layout
 from leyden.roles import Policy
 
 with extra("train"):
@@ -21,32 +23,20 @@ with extra("train"):
     from torch import Tensor
     from transformers.modeling_utils import PreTrainedModel
 
-    from leyden_plugins.learners.torch.batching import MicroBatch, micro_batches
-    from leyden_plugins.learners.torch.losses import Statistics, Tokens, loss_function
-    from leyden_plugins.torch_models.loading import (
-        canonical_tensors,
-        load_model,
-        load_tokenizer,
-        quiet,
-        read_tensors,
-    )
-    from leyden_plugins.torch_models.logprobs import logits_at, token_logprobs
+    from leyden_plugins.learners.torch import checkpoints
+    from leyden_plugins.learners.torch.batching import MicroBatch, attention_of, micro_batches
+    from leyden_plugins.learners.torch.entropies import token_entropies
+    from leyden_plugins.learners.torch.losses import Statistics, Tokens, check_inputs, loss_function
+    from leyden_plugins.learners.torch.preflight import attends_fully, check_logits
+    from leyden_plugins.learners.torch.trainee import FullTrainee, Trainee
+    from leyden_plugins.learners.torch.value_head import predicted_values
+    from leyden_plugins.torch_models.loading import load_model
+    from leyden_plugins.torch_models.logprobs import hidden_at, logits_of, token_logprobs
+
+if TYPE_CHECKING:
+    from leyden_plugins.learners.torch.lora import SharedBase
 
 __all__ = ["TorchLearner"]
-
-OPTIMIZER_FILE = "optimizer.pt"
-RNG_FILE = "rng.pt"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trainee:
-    """A policy being trained."""
-
-    policy: Policy
-    model: PreTrainedModel
-    optimizer: torch.optim.AdamW
-    share_prefixes: bool
-    """The model computes packed rows exactly."""
 
 
 class TorchLearner:
@@ -54,10 +44,12 @@ class TorchLearner:
 
     Args:
         device: a torch device, `cpu` or `cuda`.
-        dtype: of weights, gradients and optimizer state; `float32` or `bfloat16`.
+        dtype: of weights, gradients and optimizer state, `float32` or `bfloat16`; adapters and value heads are
+            float32 always.
         micro_batch_tokens: positions computed at once, padding included.
         threads: torch's threads in this process; `None` leaves them as they are.
-        share_prefixes: compute what rows have in common once, where every layer of the model attends fully.
+        layout: how samples lie in rows, see `batching.Layout`. Rows of several paths need a model whose layers all
+            attend fully; for another one `auto` means `merged`.
 
     Raises:
         ConfigurationError: a value that torch on this machine cannot honour.
@@ -70,7 +62,7 @@ class TorchLearner:
         dtype: str = "float32",
         micro_batch_tokens: int = 8192,
         threads: int | None = 1,
-        share_prefixes: bool = True,
+        layout: Layout = "auto",
     ) -> None:
         if micro_batch_tokens < 1 or (threads is not None and threads < 1):
             raise ConfigurationError(
@@ -78,146 +70,166 @@ class TorchLearner:
             )
         if dtype not in ("float32", "bfloat16"):
             raise ConfigurationError(f"dtype={dtype!r} cannot be trained here; use 'float32' or 'bfloat16'")
+        if layout not in get_args(Layout):
+            raise ConfigurationError(f"layout={layout!r} is unknown; use one of {get_args(Layout)!r}")
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ConfigurationError(f"device={device!r}, but torch finds no CUDA device here; use device='cpu'")
         self.device = device
         self.dtype = dtype
         self.micro_batch_tokens = micro_batch_tokens
         self.threads = threads
-        self.share_prefixes = share_prefixes
+        self.layout: Layout = layout
         self._trainees: dict[str, Trainee] = {}
-        self._base: str | None = None
+        self._source = ""
+        self._shared: SharedBase | None = None
+        """Under all policies with an adapter."""
+        self._reference: PreTrainedModel | None = None
+        """A frozen copy of the base weights, loaded when a run without adapters first asks for them."""
 
     def open(self, policies: Sequence[Policy], model: str, *, seed: int) -> None:
-        """Load the base weights once a trainable policy.
+        """Load the base weights: once for all policies with an adapter, and once for each without.
 
         Raises:
-            ConfigurationError: the model cannot be loaded, or its output is more than its head's.
+            ConfigurationError: the model cannot be loaded, its output is more than its head's, or a policy's adapter
+                targets layers that it does not have.
         """
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         torch.manual_seed(seed)
-        self._base = model
+        self._source = model
         for policy in policies:
             if policy.trainable:
-                loaded = load_model(model, dtype=self.dtype, device=self.device)
-                self._trainees[policy.name] = Trainee(
-                    policy=policy,
-                    model=loaded,
-                    optimizer=_optimizer(policy, loaded),
-                    share_prefixes=self.share_prefixes and _attends_fully(loaded),
-                )
+                self._trainees[policy.name] = self._new_trainee(policy, seed)
+        adapted = [trainee for trainee in self._trainees.values() if trainee.policy.lora is not None]
         for trainee in self._trainees.values():
-            self._check_logits(trainee)
+            if trainee.policy.lora is None or trainee is adapted[0]:  # the others have the same layers
+                check_logits(self, trainee)
 
-    def forward_backward(self, policy: str, rows: Sequence[TrainingRow], loss: Loss) -> dict[str, float]:
-        """Add the gradient of the summed loss over `rows`; return the metrics of `Statistics.metrics`.
+    def forward_backward(self, policy: str, batch: Batch) -> dict[str, float]:
+        """Add the gradient of the batch's summed losses; return the metrics of `Statistics.metrics`.
+
+        The gradient of a value term reaches the trunk as well as the head.
 
         Raises:
-            ConfigurationError: an unknown policy or loss, or a row that has no log-probabilities.
+            ConfigurationError: an unknown policy or loss, a term whose inputs are missing, or a sample that has no
+                log-probabilities.
         """
         trainee = self._trainee(policy)
-        function = loss_function(loss)
-        statistics = Statistics(loss.options)
-        for batch in self._batches(trainee, rows):
-            tokens = Tokens(
-                logprobs=self._logprobs(trainee, batch),
-                sampled_logprobs=batch.sampled_logprobs_N,
-                advantages=batch.advantages_N,
-                weights=batch.weights_N,
-            )
-            value = function(tokens)
-            value.backward()  # type: ignore[no-untyped-call]  # torch leaves this one method untyped
-            statistics.add(tokens, value, places=batch.input_ids_B_T.numel(), padding=batch.padding)
+        statistics = Statistics()
+        for objective in batch:
+            loss, function = objective.loss, loss_function(objective.loss)
+            check_inputs(loss, objective.samples)
+            for part in self._micro_batches(trainee, objective.samples):
+                with trainee.speaking():
+                    tokens = self._tokens(trainee, part, loss)
+                    value = function(tokens)
+                    value.total.backward()  # type: ignore[no-untyped-call]  # torch leaves this one method untyped
+                statistics.add(tokens, value, loss, places=part.input_ids_B_T.numel(), padding=part.padding)
         return statistics.metrics()
 
     @torch.no_grad()
-    def logprobs(self, policy: str, rows: Sequence[TrainingRow]) -> list[list[float]]:
-        """Return log-softmax(logits / temperature) of every masked token, row by row in order.
+    def logprobs(self, policy: str, samples: Sequence[Sample], *, reference: bool = False) -> list[list[float]]:
+        """Return log-softmax(logits / temperature) of every answer token, sample by sample in order.
 
         Raises:
-            ConfigurationError: an unknown policy, or a row that has no log-probabilities.
+            ConfigurationError: an unknown policy, or a sample that has no log-probabilities.
         """
         trainee = self._trainee(policy)
-        found: list[list[float]] = [[] for _ in rows]
-        for batch in self._batches(trainee, rows):
-            values = self._logprobs(trainee, batch).tolist()
-            for row, value in zip(batch.row_N.tolist(), values, strict=True):
-                found[row].append(value)
+        found: list[list[float]] = [[] for _ in samples]
+        for part in self._micro_batches(trainee, samples):
+            with self._speaking(trainee, reference=reference) as model:
+                logits_N_V = logits_of(model, _hidden(model, part))
+                logprobs_N = token_logprobs(logits_N_V, part.token_ids_N, part.temperature_N)
+            _scatter(found, part, logprobs_N)
+        return found
+
+    @torch.no_grad()
+    def values(self, policy: str, samples: Sequence[Sample]) -> list[list[float]]:
+        """Return the value head's prediction before every answer token, sample by sample in order.
+
+        Raises:
+            ConfigurationError: as `logprobs`.
+        """
+        trainee = self._trainee(policy)
+        head = trainee.value_head()
+        found: list[list[float]] = [[] for _ in samples]
+        for part in self._micro_batches(trainee, samples):
+            with trainee.speaking():
+                _scatter(found, part, predicted_values(head, _hidden(trainee.model, part)))
         return found
 
     def optim_step(self, policy: str, learning_rate: float) -> dict[str, float]:
-        """Clip the gradient, step AdamW, clear the gradient.
+        """Clip the gradient (one norm over weights and value head), step AdamW, clear the gradient.
 
         Raises:
             LeydenError: the gradient is not finite; weights and optimizer are left as they were.
         """
         trainee = self._trainee(policy)
-        norm = float(torch.nn.utils.clip_grad_norm_(trainee.model.parameters(), trainee.policy.max_gradient_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(list(trainee.trained()), trainee.policy.max_gradient_norm))
         if not math.isfinite(norm):
             trainee.optimizer.zero_grad()
             raise LeydenError(
                 f"the gradient of policy {policy!r} has norm {norm!r}, so no step was taken; the weights are those of "
                 "the step before. Resume from the last checkpoint with a lower learning_rate"
             )
-        for group in trainee.optimizer.param_groups:
-            group["lr"] = learning_rate
+        trainee.set_learning_rate(learning_rate)
         trainee.optimizer.step()
         trainee.optimizer.zero_grad()
         return {"gradient_norm": norm, "learning_rate": learning_rate}
 
     def weights(self, policy: str) -> Weights:
         """Return the live tensors; the caller copies what it keeps."""
-        model = self._trainee(policy).model
-        return Weights(tensors={name: tensor.detach() for name, tensor in model.named_parameters()})
+        return self._trainee(policy).weights()
 
     def export(self, policy: str, folder: Path) -> None:
-        """Write the policy as a Hugging Face folder: weights, config, tokenizer."""
-        with quiet():
-            self._trainee(policy).model.save_pretrained(folder)
-        assert self._base is not None  # a trainee exists, so `open` has run
-        load_tokenizer(self._base).save_pretrained(folder)
+        """Write a Hugging Face folder (weights, config, tokenizer), or an adapter in PEFT's format."""
+        self._trainee(policy).write(folder)
 
     def save(self, folder: Path) -> None:
-        """Write a Hugging Face folder and the optimizer's state a policy, and torch's random state."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, trainee in self._trainees.items():
-            self.export(name, folder / name)
-            torch.save(trainee.optimizer.state_dict(), folder / name / OPTIMIZER_FILE)
-        random_states = {"cpu": torch.get_rng_state()}
-        if torch.device(self.device).type == "cuda":
-            random_states["cuda"] = torch.cuda.get_rng_state(self.device)
-        torch.save(random_states, folder / RNG_FILE)
+        """Write every policy's weights, value head and optimizer, and torch's random state."""
+        checkpoints.save(folder, self._trainees, device=self.device)
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote, in place.
 
         Raises:
-            ConfigurationError: the folder's policies or shapes differ from the open ones.
+            ConfigurationError: the folder's policies, shapes or adapters differ from the open ones.
         """
-        saved = {file.parent.name for file in folder.glob(f"*/{OPTIMIZER_FILE}")}
-        if saved != set(self._trainees):
-            raise ConfigurationError(
-                f"checkpoint {str(folder)!r} holds the policies {sorted(saved)!r}, this run trains "
-                f"{sorted(self._trainees)!r}; resume with the policies the run began with"
-            )
-        for name, trainee in self._trainees.items():
-            tensors = canonical_tensors(trainee.model, read_tensors(folder / name))
-            with torch.no_grad():
-                for key, parameter in trainee.model.named_parameters():
-                    parameter.copy_(tensors[key])
-            trainee.optimizer.load_state_dict(
-                torch.load(folder / name / OPTIMIZER_FILE, map_location=self.device, weights_only=True)
-            )
-            trainee.optimizer.zero_grad()
-        random_states = torch.load(folder / RNG_FILE, weights_only=True)
-        torch.set_rng_state(random_states["cpu"])
-        if "cuda" in random_states and torch.device(self.device).type == "cuda":
-            torch.cuda.set_rng_state(random_states["cuda"], self.device)
+        checkpoints.load(folder, self._trainees, device=self.device)
 
     def close(self) -> None:
         """Free the models and optimizers."""
         self._trainees.clear()
+        self._shared = self._reference = None
+
+    def _new_trainee(self, policy: Policy, seed: int) -> Trainee:
+        if policy.lora is None:
+            model = self._load()
+            return FullTrainee(policy, model, source=self._source, layout=self._layout_of(model))
+        from leyden_plugins.learners.torch.lora import SharedBase  # PEFT is slow to import
+
+        if self._shared is None:
+            model = self._load()
+            self._shared = SharedBase(model, self._source)
+        return self._shared.add(policy, policy.lora, seed=seed, layout=self._layout_of(self._shared.model))
+
+    def _load(self) -> PreTrainedModel:
+        return load_model(self._source, dtype=self.dtype, device=self.device)
+
+    def _layout_of(self, model: PreTrainedModel) -> Layout:
+        """Return what the model allows.
+
+        Raises:
+            ConfigurationError: packing was asked for by name, and this model cannot be packed.
+        """
+        if self.layout in ("calls", "merged") or attends_fully(model):
+            return self.layout
+        if self.layout == "packed":
+            raise ConfigurationError(
+                f"layout='packed' needs layers that attend to everything before them, and {type(model).__name__} has "
+                "others (sliding windows or states); use layout='auto' or 'merged'"
+            )
+        return "merged"
 
     def _trainee(self, policy: str) -> Trainee:
         if policy not in self._trainees:
@@ -226,71 +238,60 @@ class TorchLearner:
             )
         return self._trainees[policy]
 
-    def _batches(self, trainee: Trainee, rows: Sequence[TrainingRow]) -> Iterator[MicroBatch]:
+    def _micro_batches(self, trainee: Trainee, samples: Sequence[Sample]) -> Iterator[MicroBatch]:
         return micro_batches(
-            rows,
+            samples,
             budget=self.micro_batch_tokens,
-            share_prefixes=trainee.share_prefixes,
+            layout=trainee.layout,
+            attention=attention_of(trainee.model),
             device=self.device,
         )
 
-    def _logprobs(self, trainee: Trainee, batch: MicroBatch) -> Tensor:
-        logits_N_V = logits_at(
-            trainee.model,
-            batch.input_ids_B_T,
-            batch.source_N,
-            position_ids_B_T=batch.position_ids_B_T,
-            visible_B_1_T_T=batch.visible_B_1_T_T,
+    @contextmanager
+    def _speaking(self, trainee: Trainee, *, reference: bool) -> Iterator[PreTrainedModel]:
+        """Yield the model that computes with the policy's weights or, as its reference, with the base's."""
+        if not reference:
+            with trainee.speaking():
+                yield trainee.model
+        elif self._shared is not None:
+            with self._shared.speaking_as(None):
+                yield self._shared.model
+        else:
+            if self._reference is None:
+                self._reference = self._load().requires_grad_(False)
+            yield self._reference
+
+    def _tokens(self, trainee: Trainee, part: MicroBatch, loss: Loss) -> Tokens:
+        """Compute what `loss` needs of a micro-batch."""
+        hidden_N_H = _hidden(trainee.model, part)
+        logits_N_V = logits_of(trainee.model, hidden_N_H)
+        return Tokens(
+            logprobs=token_logprobs(logits_N_V, part.token_ids_N, part.temperature_N),
+            sampled_logprobs=part.sampled_logprobs_N,
+            old_logprobs=part.old_logprobs_N,
+            advantages=part.advantages_N,
+            weights=part.weights_N,
+            samples=part.sample_N,
+            reference_logprobs=part.reference_logprobs_N,
+            entropies=token_entropies(logits_N_V, part.temperature_N) if loss.entropy_coefficient else None,
+            values=predicted_values(trainee.value_head(), hidden_N_H) if loss.value_coefficient else None,
+            old_values=part.values_N,
+            returns=part.returns_N,
         )
-        return token_logprobs(logits_N_V, batch.token_ids_N, batch.temperature_N)
-
-    @torch.no_grad()
-    def _check_logits(self, trainee: Trainee) -> None:
-        """Compare the way rows are computed here with the model's own forward pass, on three rows with a common prefix.
-
-        Raises:
-            ConfigurationError: they differ; the model changes its logits after the head, or masks in its own way.
-        """
-        stem, tails = [1, 2, 3, 4], [[5, 6], [6, 5], [2]]
-        rows = [
-            TrainingRow(
-                token_ids=[*stem, *tail],
-                mask=[False] * len(stem) + [True] * len(tail),
-                weights=[1.0] * (len(stem) + len(tail)),
-                advantages=[1.0] * (len(stem) + len(tail)),
-                logprobs=[0.0] * (len(stem) + len(tail)),
-            )
-            for tail in tails
-        ]
-        ours = torch.tensor([value for row in self.logprobs(trainee.policy.name, rows) for value in row])
-        own: list[Tensor] = []
-        for row, tail in zip(rows, tails, strict=True):
-            logits = trainee.model(torch.tensor([row.token_ids], device=self.device)).logits[0]
-            targets = torch.tensor(tail, device=self.device)
-            own.append(token_logprobs(logits[len(stem) - 1 : -1], targets).cpu())
-        tolerance = 1e-3 if self.dtype == "float32" else 5e-2
-        if not torch.allclose(ours, torch.cat(own), atol=tolerance):
-            raise ConfigurationError(
-                f"{type(trainee.model).__name__} gives other log-probabilities than its head alone, by up to "
-                f"{float((ours - torch.cat(own)).abs().max()):.3g}; this learner cannot train it"
-                + (", but may with TorchLearner(share_prefixes=False)" if trainee.share_prefixes else "")
-            )
 
 
-def _optimizer(policy: Policy, model: PreTrainedModel) -> torch.optim.AdamW:
-    """Return fused AdamW; weight decay is for matrices, not for norms and biases."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    others = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": policy.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=policy.learning_rate,
-        betas=policy.betas,
-        fused=True,
+def _hidden(model: PreTrainedModel, part: MicroBatch) -> Tensor:
+    """Return the last hidden state at the place that predicts each trained token."""
+    return hidden_at(
+        model,
+        part.input_ids_B_T,
+        part.source_N,
+        position_ids_B_T=part.position_ids_B_T,
+        seen_until_B_T=part.seen_until_B_T,
     )
 
 
-def _attends_fully(model: PreTrainedModel) -> bool:
-    """Say whether an explicit mask means the same in every layer: no sliding windows, no recurrence."""
-    config = model.config.get_text_config()
-    layers = getattr(config, "layer_types", None) or ["full_attention"]
-    return set(layers) == {"full_attention"} and not getattr(config, "sliding_window", None)
+def _scatter(found: list[list[float]], part: MicroBatch, values_N: Tensor) -> None:
+    """Append each token's value to its sample's."""
+    for index, value in zip(part.sample_N.tolist(), values_N.tolist(), strict=True):
+        found[index].append(value)
