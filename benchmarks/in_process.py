@@ -145,6 +145,8 @@ class Run:
     """By rollout."""
     rollouts: int = 0
     """Sampled for training."""
+    step: int = 0
+    """The step under way; 0 before the first."""
     metrics: list[Mapping[str, float]] = field(default_factory=list)
 
     async def open(self) -> None:

@@ -7,7 +7,7 @@ them through worker, wire, gateway and store. Every job (arm, variant, seed) run
     python -m benchmarks.learning --arms credit --seeds 0
     python -m benchmarks.learning --draw               # tables and pictures of the results that are there
 
-Results: benchmarks/results/learning.json, with one table and one picture an arm beside it.
+Results: benchmarks/results/learning.json and one picture an arm; the tables go to docs/learning.md.
 """
 
 from __future__ import annotations
@@ -30,6 +30,16 @@ from leyden.usage import load_average, usage
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "learning.md"
+INTRODUCTION = """\
+# What the learning core does
+
+Measured by `make bench-learning` (`benchmarks/learning.py` writes this page) on two virtual CPU cores, with tiny models
+that the benchmark makes or that lie in `examples/`. The engine is called in process with plain async agents
+(`benchmarks/in_process.py`) unless it says otherwise. Figures are means and standard deviations over seeds; settings
+were chosen on seed 0, which is in no table. Bands in the pictures are the range over seeds. Single figures, with
+versions, are in `benchmarks/results/learning.json`.
+"""
 MODELS = ROOT / "build" / "benchmarks"
 ARMS = ("tokenisation", "credit", "estimators", "policies", "asynchronous", "path")
 SEEDS = (1, 2, 3)
@@ -108,7 +118,8 @@ def table(arm: str, variants: Mapping[str, Sequence[Result]]) -> str:
         cells += [f"{fmean([one['cpu_seconds'] for one in results]):.0f}", str(len(results))]  # type: ignore[misc]
         lines.append("| " + " | ".join(cells) + " |")
     verdict = [module.verdict(variants), ""] if hasattr(module, "verdict") else []
-    return "\n".join([*lines, "", *verdict, (module.__doc__ or "").strip(), ""])
+    picture = f"![{module.TITLE}](../benchmarks/results/learning_{arm}.png)"
+    return "\n".join([*lines, "", *verdict, (module.__doc__ or "").strip(), "", picture, ""])
 
 
 COMMON = {"curve", "before", "final", "final_n", "seed", "seconds", "cpu_seconds"}
@@ -174,7 +185,7 @@ def main() -> None:
         if arm in known["arms"]:
             tables.append(table(arm, known["arms"][arm]["variants"]))
             draw(arm, known["arms"][arm]["variants"])
-    (RESULTS / "learning.md").write_text("# What the learning core does\n\n" + "\n".join(tables))
+    PAGE.write_text("\n".join([INTRODUCTION, *tables]))
     print("\n".join(tables))
 
 

@@ -17,7 +17,7 @@ errors extras redaction
 spans roles context lastcall activity usage looping
 hookspecs plugins interfaces ownership
 sqlite
-tokentree calltree layouts credit mdp metrics stepwise rewards
+tokentree layouts credit calltree mdp metrics stepwise rewards
 patching wire endpoints instrumentation
 running spantree show training
 deploying __init__ testing

@@ -18,7 +18,7 @@ BOUNDS = {"synchronous": 0, "max_staleness=2": 2}
 VARIANTS = tuple(BOUNDS)
 SEEDS = (1, 2, 3, 4, 5)
 STEPS = 20
-LEARNING_RATE = 1e-2
+LEARNING_RATE = 5e-3
 
 
 def prepare(models: Path) -> None:

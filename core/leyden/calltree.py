@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from leyden.credit import turns
 from leyden.interfaces import RolloutRecords
 from leyden.spans import Completion, Fork, ForkCause
 from leyden.tokentree import Node, TokenTree, path
@@ -24,7 +25,7 @@ class SampledBy:
     choice: int
     """Position in its choices."""
     turn: int
-    """Which call of its role in this rollout it is, from 0."""
+    """Which call of its role in this rollout it is, from 0, as credit counts them: HTTP attempts of a call share it."""
     is_end: bool
     """The choice ends with this part."""
 
@@ -59,12 +60,12 @@ class CallTree:
 
 
 def call_trees(records: RolloutRecords) -> list[CallTree]:
-    """Return a tree a policy, in the order of their names; calls without an answer are left out."""
-    turns: Counter[str] = Counter()
+    """Return a tree a policy, by name, of the latest attempt; calls without an answer are left out."""
+    turn_of = turns(records)
     found: dict[str, CallTree] = {}
     ends: list[tuple[CallTree, Completion, int, Node, list[Node]]] = []
     for completion in sorted(records.completions, key=lambda one: (one.start_ns, one.sequence)):
-        if not completion.choices:
+        if completion.attempt != records.rollout.attempt or not completion.choices:
             continue
         tree = found.setdefault(completion.policy, CallTree(policy=completion.policy))
         tree.calls += 1
@@ -73,8 +74,7 @@ def call_trees(records: RolloutRecords) -> list[CallTree]:
         tree.tokens_by_call += sum(
             len(completion.prompt_token_ids) + len(choice.token_ids) for choice in completion.choices
         )
-        ends.append((tree, completion, turns[completion.role], asked, answers))
-        turns[completion.role] += 1
+        ends.append((tree, completion, turn_of[completion.span_id].number, asked, answers))
     # Later calls split the nodes of earlier ones, so that what belongs to whom is read off the finished tree.
     for tree, completion, turn, asked, answers in ends:
         length = len(completion.prompt_token_ids)

@@ -93,7 +93,7 @@ def discounted(gamma: float) -> Credit:
 
     def credit(records: RolloutRecords, transitions: Sequence[Transition]) -> list[float]:
         total, of_role = records.rollout.reward or 0.0, _of_roles(records)
-        last = _last_turns((one.role, one.turn) for one in transitions)
+        last = _last_turns((turn.role, turn.number) for turn in turns(records).values())
         return [
             gamma ** (last[one.role] - one.turn) * (total + of_role.get(one.role, 0.0)) + _of_call(records, one)
             for one in transitions
@@ -124,7 +124,7 @@ def per_turn(gamma: float = 1.0, *, across_roles: bool = False) -> Credit:
 
     def credit(records: RolloutRecords, transitions: Sequence[Transition]) -> list[float]:
         total, of_role, where = records.rollout.reward or 0.0, _of_roles(records), turns(records)
-        last = _last_turns(place(where[one.span_id]) for one in transitions)
+        last = _last_turns(place(turn) for turn in where.values())
         later: dict[str, list[tuple[int, float]]] = defaultdict(list)
         for reward in records.rewards:
             if reward.target_span in where:

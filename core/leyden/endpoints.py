@@ -47,9 +47,10 @@ def endpoint(role: str = MAIN_ROLE) -> Endpoint:
         )
     route = routing.route_of(role)
     if route is None:
+        kept = sorted({pattern for each in routing.routes for pattern in each.kept_roles})
         raise ConfigurationError(
             f"role {role!r} is in no policy, so its calls go to its own endpoint; policies take "
-            f"{[list(each.roles or ['*']) for each in routing.routes]!r}"
+            f"{[list(each.roles or ['*']) for each in routing.routes]!r}" + (f" except {kept!r}" if kept else "")
         )
     if rollout is None:
         return Endpoint(base_url=routing.base_url, api_key=routing.token, model=route.model)

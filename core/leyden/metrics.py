@@ -182,23 +182,31 @@ def sample_metrics(transitions: Sequence[Transition]) -> dict[str, float]:
 def _merged_tokens(transitions: Sequence[Transition]) -> int:
     """Count the tokens of rows that the calls of a rollout share where they extend each other.
 
-    Without repeated calls these are the rows of `layouts.merged`, which takes five times as long.
+    These are the rows of `layouts.merged`, which takes five times as long.
     """
     tails: dict[str, list[Transition]] = defaultdict(list)
     total = 0
-    for one in sorted(transitions, key=lambda each: len(each.prompt_token_ids)):
-        prompt, rows = one.prompt_token_ids, tails[one.rollout_id]
+    for one in sorted(transitions, key=lambda each: len(each.prompt_token_ids) + len(each.token_ids)):
+        rows = tails[one.rollout_id]
         for index, last in enumerate(rows):
-            head, end = len(last.prompt_token_ids), len(last.prompt_token_ids) + len(last.token_ids)
-            # The answer first: it is short, and it is where rows differ.
-            if prompt[head:end] == last.token_ids and prompt[:head] == last.prompt_token_ids:
-                total += len(prompt) + len(one.token_ids) - end
+            if _begins_with(one, last):
+                total -= len(last.prompt_token_ids) + len(last.token_ids)
                 rows[index] = one
                 break
         else:
             rows.append(one)
-            total += len(prompt) + len(one.token_ids)
+        total += len(one.prompt_token_ids) + len(one.token_ids)
     return total
+
+
+def _begins_with(one: Transition, other: Transition) -> bool:
+    """Say whether a call's prompt and answer begin with another's."""
+    prompt, head = one.prompt_token_ids, len(other.prompt_token_ids)
+    end = head + len(other.token_ids)
+    if len(prompt) < end:
+        return [*prompt, *one.token_ids][:end] == [*other.prompt_token_ids, *other.token_ids]
+    # The answer first: it is short, and it is where rows differ.
+    return prompt[head:end] == other.token_ids and prompt[:head] == other.prompt_token_ids
 
 
 def _diversity(transitions: Sequence[Transition]) -> dict[str, float]:

@@ -130,6 +130,9 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     """The name the gateway or server knows: the policy's name in training."""
     roles: tuple[str, ...] | None = None
     """Shell patterns; `None` matches every role."""
+    kept_roles: tuple[str, ...] = ()
+    """Shell patterns of roles that keep their own endpoint although `roles` matches them: an untrained policy before
+    this one took them in training, and it is not deployed."""
 
 
 class Routing(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,7 +154,7 @@ class Routing(msgspec.Struct, frozen=True, kw_only=True):
         """Return the first route whose pattern matches `role`, or `None` for a role that keeps its endpoint."""
         for route in self.routes:
             if matches(route.roles, role):
-                return route
+                return None if matches(route.kept_roles, role) else route
         return None
 
 

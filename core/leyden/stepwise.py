@@ -33,6 +33,10 @@ class Stepwise(ABC):
         """Say whether a group is worth a place in the step; another is sampled instead, within `most_batches`."""
         return True
 
+    def among(self, policies: Sequence[Policy]) -> Stepwise:
+        """Return what chooses groups while only these policies are trained."""
+        return self
+
     def check(self, policies: Sequence[Policy]) -> None:
         """Refuse a run with nothing to train.
 
@@ -46,11 +50,12 @@ class Stepwise(ABC):
         """Sample, improve each trainable policy, finish the step; until the session has no more steps."""
         several = sum(policy.trainable for policy in session.policies) > 1
         async for step in session.steps():
+            chooser = self.among([policy for policy in session.policies if policy.is_trained_at(step)])
             groups = await session.sample(
                 step,
                 group_size=self.group_size,
-                accept=self.accepts if self.most_batches > 1 else None,
-                most_batches=self.most_batches,
+                accept=chooser.accepts if chooser.most_batches > 1 else None,
+                most_batches=chooser.most_batches,
             )
             metrics = reward_metrics(groups) | rollout_metrics(groups)
             for policy in session.policies:
@@ -97,6 +102,11 @@ class PerPolicy(Stepwise):
     def accepts(self, group: Group) -> bool:
         """Say whether any of those that choose their groups accepts this one; the others take what comes."""
         return any(one.accepts(group) for one in self.algorithms.values() if one.most_batches > 1)
+
+    def among(self, policies: Sequence[Policy]) -> Stepwise:
+        """Return the algorithms of these policies; those of frozen ones choose no more groups."""
+        left = {policy.name: self.algorithms[policy.name] for policy in policies}
+        return PerPolicy(left) if left else self
 
     async def improve(
         self, session: Session, policy: Policy, groups: Sequence[Group], step: int

@@ -54,6 +54,22 @@ def test_deployed_roles_and_prompts_take_effect_until_closed(
     assert wire.default_routing() is None
 
 
+def test_a_kept_role_stays_with_the_apps_own_model_under_a_policy_of_every_role(
+    library: Any, export: Path, user_server: FakeOpenAI, gateway: FakeOpenAI
+) -> None:
+    description = json.loads((export / "leyden.json").read_text())
+    description["policies"]["sql"] |= {"roles": None, "kept_roles": ["judge*"]}
+    (export / "leyden.json").write_text(json.dumps(description))
+    with leyden.deploy(export, gateway.base_url):
+        for name in ("judge", "writer"):
+            with leyden.role(name):
+                call(library, user_server.base_url)
+        with pytest.raises(ConfigurationError, match=r"role 'judge' .* take \[\['\*'\]\] except \['judge\*'\]"):
+            leyden.endpoint("judge")
+    assert [seen.body["model"] for seen in gateway.seen] == ["served-sql"]
+    assert [seen.headers["authorization"] for seen in user_server.seen] == ["Bearer user-key"]
+
+
 def test_a_server_that_is_down_falls_back_only_when_asked_to(
     library: Any, export: Path, user_server: FakeOpenAI, caplog: pytest.LogCaptureFixture, monkeypatch: Any
 ) -> None:

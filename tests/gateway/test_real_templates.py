@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from leyden_plugins.engines.transformers.chat import Chat
+from leyden_plugins.engines.transformers.chat import PROBE_ANSWER, Chat
 from leyden_plugins.engines.transformers.text import Codec
 
 MARKS = re.compile(r"<[|｜][^<>|｜'\"{}]+[|｜]>|<(?:start|end)_of_turn>")
@@ -88,6 +88,27 @@ def test_a_sampled_end_is_not_repeated_and_a_missing_one_is_added(name: str) -> 
     ended = chat.continuation(messages, 1, [*chat.codec.encode("half"), end], tools=(), ends=frozenset({end}))
     cut = chat.continuation(messages, 1, chat.codec.encode("half"), tools=(), ends=frozenset({end}))
     assert ended is not None and cut == (end, *ended)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3", "gemma"])
+def test_words_that_stand_for_the_answer_may_be_in_a_message_or_a_tool(name: str) -> None:
+    chat, end = published(name)
+    words = f"What is {PROBE_ANSWER}, and {PROBE_ANSWER}_0?"
+    tools = [{"type": "function", "function": {"name": f"{PROBE_ANSWER}_1", "parameters": {"type": "object"}}}]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": words}]},
+        {"role": "assistant", "content": "There are 4."},
+        {"role": "user", "content": [{"type": "text", "text": words[:20]}, {"type": "text", "text": words[20:]}]},
+    ]
+    for given in ((), tools):
+        assert spliced(chat, end, messages, "There are 4.", tools=given) == list(chat.prompt(messages, given))
+
+
+def test_a_template_that_shows_the_answer_twice_is_not_continued() -> None:
+    chat, end = published("qwen2_5")
+    chat.codec.tokenizer.chat_template += "{{ messages[1].content if messages | length > 1 }}"
+    messages = [*ASKED, {"role": "assistant", "content": "half"}, *AGAIN]
+    assert chat.continuation(messages, 1, chat.codec.encode("half"), tools=(), ends=frozenset({end})) is None
 
 
 def test_qwen3_keeps_the_reasoning_that_its_template_drops() -> None:

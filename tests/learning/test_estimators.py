@@ -13,7 +13,7 @@ import pytest
 
 from leyden import mdp
 from leyden.errors import ConfigurationError
-from leyden.interfaces import Transition
+from leyden.interfaces import Group, Transition
 from leyden_plugins.algorithms.rl import (
     CISPO,
     DAPO,
@@ -29,7 +29,8 @@ from leyden_plugins.algorithms.rl import (
     ReinforcePlusPlus,
 )
 from leyden_plugins.algorithms.rl.estimators import generalised_advantages, whitened
-from tests.learning.builders import transition
+from leyden_plugins.algorithms.rl.shaping import Overlong, punish_length
+from tests.learning.builders import records, reward, transition
 
 
 def episode(rng: random.Random, group_id: str, number: int) -> list[Transition]:
@@ -89,9 +90,17 @@ def test_grpo_and_what_is_built_on_it_give_the_standard_score_in_the_task(algori
 
     def score(one: Transition) -> float:
         returns = list(returns_of_task(calls, one.group_id).values())
-        return float((one.value - numpy.mean(returns)) / numpy.std(returns, ddof=1))
+        # The calls of a rollout differ here, so the spread is that of all calls.
+        spread = [other.value for other in calls if other.group_id == one.group_id]
+        return float((one.value - numpy.mean(returns)) / numpy.std(spread, ddof=1))
 
     assert advantages(algorithm, calls) == pytest.approx([score(one) for one in calls])
+
+
+def test_the_scale_of_one_return_a_rollout_is_that_of_the_rollouts() -> None:
+    calls = [transition(rollout_id=f"r{n}", span_id=f"s{n}{k}", value=n) for n in (0.0, 1.0, 3.0) for k in range(2)]
+    expected = [(one.value - 4 / 3) / numpy.std([0.0, 1.0, 3.0], ddof=1) for one in calls]
+    assert advantages(GRPO(), calls) == pytest.approx(expected)
 
 
 def test_dr_grpo_has_no_std_and_divides_by_a_constant() -> None:
@@ -372,3 +381,54 @@ def test_the_std_of_grpo_changes_the_direction_of_the_gradient() -> None:
 def test_levels_that_are_none_are_refused(levels: object) -> None:
     with pytest.raises(ConfigurationError, match="levels="):
         HierarchicalGRPO(levels=levels)  # type: ignore[arg-type]
+
+
+def test_a_punishment_of_one_call_is_no_reward_of_the_call_before_it() -> None:
+    calls = [
+        replace(transition(tokens=[1] * 4, span_id="short", value=0.0), values=[0.0] * 4),
+        replace(transition(tokens=[1] * 60, span_id="long", value=0.0), values=[0.0] * 60),
+    ]
+    shaped = punish_length(calls, Overlong(longest=60, margin=20))
+    assert [one.value for one in shaped] == [0.0, -1.0]
+    short, long = generalised_advantages(shaped, discount=1.0, trace=1.0)
+    assert set(long.token_advantages or ()) == {-1.0}
+    assert set(short.token_advantages or ()) == {-1.0}  # what follows it; with no trace it hears nothing of it
+    short, long = generalised_advantages(shaped, discount=1.0, trace=0.0)
+    assert set(short.token_advantages or ()) == {0.0}
+    assert list(long.token_advantages or ()) == [0.0] * 59 + [-1.0]
+
+
+def test_choices_of_one_call_stand_side_by_side() -> None:
+    good, bad = (
+        replace(transition(tokens=[1, 2], choice_index=index, value=value), values=[0.0, 0.0])
+        for index, value in enumerate((1.0, -1.0))
+    )
+    found = generalised_advantages([good, bad], discount=1.0, trace=0.5)
+    assert [list(one.token_advantages or ()) for one in found] == [[0.5, 1.0], [-0.5, -1.0]]
+    first = replace(transition(tokens=[3], span_id="first", value=0.0), values=[0.25])
+    before, *_ = generalised_advantages([first, good, bad], discount=1.0, trace=0.5)
+    assert list(before.token_advantages or ()) == [-0.25]  # the choices' returns and residuals cancel
+
+
+def test_a_rollout_without_calls_is_no_baseline_where_rewards_have_targets() -> None:
+    spoke = [transition(rollout_id=f"r{number}", value=value) for number, value in enumerate((0.2, -0.2))]
+    silent = [records(total=10.0, rollout_id=f"q{number}") for number in range(2)]
+    aimed = records(total=10.0, rollout_id="r0", rewards=[reward(0.2, role="writer")])
+    plain, targeted = (
+        Group(group_id="g0", task={}, rollouts=[first, *silent]) for first in (records(total=10.0), aimed)
+    )
+    algorithm = GRPO(normalise_std=False)
+    assert [one.advantage for one in algorithm.advantages(spoke, [targeted])] == pytest.approx([0.2, -0.2])
+    assert [one.advantage for one in algorithm.advantages(spoke, [plain])] == pytest.approx([-4.8, -5.2])
+
+
+def test_dapo_accepts_a_group_whose_calls_earned_different_rewards() -> None:
+    def group_of(*values: float) -> Group:
+        rollouts = [
+            records(total=0.0, rollout_id=f"r{number}", rewards=[reward(value, span="s", rollout_id=f"r{number}")])
+            for number, value in enumerate(values)
+        ]
+        return Group(group_id="g0", task={}, rollouts=rollouts)
+
+    assert DAPO().accepts(group_of(0.0, 1.0))
+    assert not DAPO().accepts(group_of(1.0, 1.0))

@@ -123,7 +123,8 @@ def test_one_call_rollouts_give_the_loss_and_gradient_of_trl(checkpoint: Path, t
     trl_trainer.entropy_coef, trl_trainer._entropy_bonus_enabled = oracle.entropy_coef, oracle.entropy_coef > 0
     theirs = trl_trainer._compute_loss(model, trl_inputs(calls))
     theirs.backward()
-    assert ours["loss/loss"] == pytest.approx(theirs.item(), rel=1e-5)
+    # The loss is a sum of terms around 1 that nearly cancel: float32 leaves it a few 1e-7.
+    assert ours["loss/loss"] == pytest.approx(theirs.item(), rel=1e-5, abs=1e-6)
     for parameter_name, parameter in model.named_parameters():
         difference = (our_gradients[parameter_name] - parameter.grad).norm() / parameter.grad.norm()
         assert float(difference) < 1e-5, parameter_name

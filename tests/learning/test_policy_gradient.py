@@ -27,6 +27,7 @@ from leyden_plugins.algorithms.rl import (
     Replay,
 )
 from leyden_plugins.algorithms.rl.shaping import subtract_divergence
+from leyden_plugins.algorithms.sft import RejectionSampling
 from tests.learning.builders import RecordedSession, call, choice, group, records
 from tests.learning.test_estimators import LOGITS, PROBABILITIES, expected_gradient
 
@@ -156,7 +157,10 @@ def test_the_first_pattern_that_matches_takes_a_role() -> None:
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: GRPO(by_role={"a": RLOO(group_size=4)}), r"by_role\['a'\] has group_size=4.*GRPO\(group_size=8\)"),
+        (lambda: GRPO(by_role={"a": RLOO(group_size=4)}), r"by_role\['a'\] has group_size=4.*GRPO with group_size=8"),
+        (lambda: GRPO(by_role={"a": RejectionSampling()}), "is no policy-gradient algorithm"),
+        (lambda: LightningRL(token_level=DAPO(most_batches=5)), "leave it out: that one has no such option"),
+        (lambda: LightningRL(token_level=DrGRPO()), "DrGRPO divides by a constant, but weights are decided outside"),
         (lambda: GRPO(by_role={"a": GRPO(epochs=2)}), r"by_role\['a'\] has epochs=2"),
         (lambda: GRPO(epochs=2, by_role={"a": RLOO()}), "loss without a ratio"),
         (lambda: PPO(group_size=1, by_role={"a": GRPO()}), "compares rollouts of a task"),

@@ -4,10 +4,12 @@ import random
 from collections.abc import Sequence
 from itertools import permutations
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
 from leyden.calltree import CallTree, Forked, call_trees, fork_counts
+from leyden.credit import turns
 from leyden.interfaces import RolloutRecords, Sample
 from leyden.layouts import merged
 from leyden.spans import Choice, Completion, Fork, ForkCause
@@ -89,7 +91,7 @@ def call(
 
 
 def tree_of(*calls: Completion) -> CallTree:
-    (found,) = call_trees(RolloutRecords(rollout=a_rollout(), spans=[], completions=calls, rewards=[]))
+    (found,) = call_trees(RolloutRecords(rollout=a_rollout(attempt=1), spans=[], completions=calls, rewards=[]))
     return found
 
 
@@ -173,6 +175,24 @@ def test_a_retry_that_says_the_same_is_sampled_twice_and_stands_once() -> None:
     assert rows(calls) == [([1, 2, 3], 2)]
 
 
+def test_turns_are_those_that_credit_counts_whatever_was_sent_again_or_given_up() -> None:
+    again = call([1], [3], start=0, http_attempt=1)
+    calls = [
+        call([1], [2], start=0),
+        msgspec.structs.replace(again, start_ns=1),
+        call([1, 3, 4], start=2),  # the engine saw it, and it has no answer
+        call([1, 3, 4], [5], start=3),
+        call([7], [8], start=-1, attempt=1),  # of an attempt of the rollout that was lost
+    ]
+    calls = [*(msgspec.structs.replace(one, attempt=2) for one in calls[:-1]), calls[-1]]
+    records = RolloutRecords(rollout=a_rollout(attempt=2), spans=[], completions=calls, rewards=[])
+    (found,) = call_trees(records)
+    assert parts(found) == [([1], []), ([1, 2], ["A0"]), ([1, 3], ["A0"]), ([1, 3, 4], []), ([1, 3, 4, 5], ["A2"])]
+    counted = turns(records)
+    sources = [one for some in found.sampled.values() for one in some]
+    assert len(sources) == 3 and all(one.turn == counted[one.completion.span_id].number for one in sources)
+
+
 def test_parallel_calls_of_sub_agents_give_the_same_tree_in_any_order() -> None:
     calls = [
         call([1], [2, 3], role="lead", start=0),
@@ -193,7 +213,7 @@ def test_policies_have_a_tree_each_and_forks_stand_where_they_begin() -> None:
         call([1, 2, 9], [5], start=1, fork=fork),
         call([1, 2], [3, 4], start=2, policy="other"),
     ]
-    found = call_trees(RolloutRecords(rollout=a_rollout(), spans=[], completions=calls, rewards=[]))
+    found = call_trees(RolloutRecords(rollout=a_rollout(attempt=1), spans=[], completions=calls, rewards=[]))
     assert [(one.policy, one.calls) for one in found] == sorted([(calls[0].policy, 2), ("other", 1)])
     (own,) = (one for one in found if one.policy != "other")
     assert [(spell(node), own.forks[id(node)]) for node in own.tree.walk() if id(node) in own.forks] == [

@@ -61,6 +61,17 @@ def test_a_reward_function_that_raises_is_not_the_agents_failure():
     assert "rollout 'r1': the reward function raised ZeroDivisionError: no rows" in str(result.error)
 
 
+def test_a_reward_function_that_is_slow_is_not_the_agents_failure():
+    async def slow(task, output, rollout):
+        await asyncio.sleep(0.3)
+        return 1.0
+
+    assert attempt(lambda task: "answer", reward=slow, timeout=0.2).rewards == {"reward": 1.0}
+    result = attempt(lambda task: "answer", reward=slow, timeout=0.1)
+    assert (result.timed_out, result.error_type) == (False, "RewardError")
+    assert "the reward function took longer" in str(result.error)
+
+
 def test_an_agent_that_raises_is_a_failed_attempt_with_its_traceback_and_closed_spans():
     def agent(task):
         raise KeyError("no such table")

@@ -201,12 +201,23 @@ def test_a_group_that_cannot_be_judged_has_no_rewards_and_that_is_said(
 
 def test_after_several_such_groups_the_run_stops_and_a_resume_judges_them(run: Path) -> None:
     court = Court(*[TimeoutError("down")] * 100)
-    with pytest.raises(RolloutError, match="4 groups in a row; mend it and resume"):
+    with pytest.raises(RolloutError, match=r"\d groups in a row; mend it and resume"):
         small_trainer(run, speaks, group_reward=court, tasks_per_step=4).fit(1)
     court = Court()
     small_trainer(run, speaks, group_reward=court, tasks_per_step=4).fit(1, resume=True)
     assert len(court.groups) == 4
     assert all(one.rollout.reward is not None for one in stored(run).values())
+
+
+def test_groups_that_cannot_be_judged_beside_others_that_can_end_no_run(run: Path) -> None:
+    def judge(task: object, rollouts: Sequence[RolloutRecords]) -> list[float]:
+        if task != "task 0":
+            raise TimeoutError("down for this task")
+        return [0.0, 1.0]
+
+    tasks = [f"task {number}" for number in range(6)]
+    summary = small_trainer(run, speaks, group_reward=judge, tasks=tasks, tasks_per_step=6).fit(1)
+    assert summary["unscored_groups"] == 5
 
 
 def test_a_resume_judges_the_groups_that_were_not_scored_and_no_others(run: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from leyden.deploying import export as export_module
+from leyden.deploying.deployment import deploy
 from leyden.deploying.export import export
 from leyden.deploying.exported import read_export
 from leyden.errors import ConfigurationError
@@ -34,6 +35,7 @@ def test_an_export_describes_each_trained_policy_and_holds_its_folder(run: Path,
                 "folder": "policies/sql",
                 "version": 3,
                 "roles": ["writer", "rewriter"],
+                "kept_roles": [],
                 "sampling": {"temperature": 1.0, "top_p": 1.0, "top_k": 0},
                 "base_sha256": "0" * 64,
                 "base_model": None,
@@ -170,6 +172,48 @@ def test_an_adapter_is_exported_with_the_base_it_needs(run: Path, tmp_path: Path
     assert (out / "policies/sql/adapter_model.safetensors").read_bytes() == b"factors"
     config = json.loads((out / "policies/sql/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["r"], config["bias"]) == ("Qwen/Qwen3-0.6B", 20, "none")
+
+
+def test_roles_that_an_untrained_policy_took_first_are_kept_from_the_policies_behind_it(
+    run: Path, tmp_path: Path
+) -> None:
+    record = run_record(3)
+    described = record["policies"]
+    assert isinstance(described, dict)
+
+    def named(like: str, roles: list[str] | None) -> dict[str, object]:
+        return described[like] | {"roles": roles}
+
+    policies = {
+        "first": named("sql", ["judge.lead"]),
+        "judge": named("judge", ["judge*", "critic"]),
+        "team": named("sql", ["critic", "writer"]),
+        "late": named("judge", ["reader"]),
+        "rest": named("sql", None),
+        "never": named("judge", ["main"]),
+    }
+    write_json(run / RUN, record | {"policies": policies})
+    for name in ("first", "team", "rest"):
+        shutil.copytree(run / "checkpoints/step-000003/policies/sql", run / f"checkpoints/step-000003/policies/{name}")
+    out = export(run, tmp_path / "out")
+    assert {name: one.kept_roles for name, one in read_export(out).policies.items()} == {
+        "first": [],
+        "team": ["critic"],
+        "rest": ["judge*", "critic", "reader"],
+    }
+    text = (out / "SERVE.md").read_text()
+    assert "| `rest` | 0 | every role except `judge*`, `critic`, `reader` | `policies/rest` |" in text
+    roles = ("judge.lead", "judge", "critic", "writer", "reader", "main")
+    with deploy(out, "http://127.0.0.1:1/v1") as deployment:
+        routes = {role: deployment.routing.route_of(role) for role in roles}
+    assert {role: route and route.model for role, route in routes.items()} == {
+        "judge.lead": "first",
+        "judge": None,
+        "critic": None,
+        "writer": "team",
+        "reader": None,
+        "main": "rest",
+    }
 
 
 def test_serve_md_serves_all_adapters_of_a_base_with_one_command(run: Path, tmp_path: Path) -> None:

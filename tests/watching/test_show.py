@@ -258,7 +258,7 @@ def test_the_token_tree_shows_what_was_sampled_by_whom_and_where_prompts_fork() 
     )
     drawn = token_trees(
         RolloutRecords(
-            rollout=rollout("r"),
+            rollout=msgspec.structs.replace(rollout("r"), attempt=1),
             spans=[],
             completions=[
                 root,

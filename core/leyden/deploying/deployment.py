@@ -70,7 +70,11 @@ def deploy(folder: str | Path, base_url: str, *, fallback: bool = False, api_key
         base_url=base_url.rstrip("/"),
         token=api_key or "none",
         routes=tuple(
-            Route(model=policy.model, roles=None if policy.roles is None else tuple(policy.roles))
+            Route(
+                model=policy.model,
+                roles=None if policy.roles is None else tuple(policy.roles),
+                kept_roles=tuple(policy.kept_roles),
+            )
             for policy in export.policies.values()
         ),
         prompts=export.prompts,

@@ -30,6 +30,7 @@ from leyden.deploying.exported import (
 )
 from leyden.errors import ConfigurationError
 from leyden.looping import LoopThread
+from leyden.roles import matches
 from leyden.spans import Resource, new_id
 from leyden.sqlite import SQLiteStore
 from leyden.training.runfolder import RUN, STORE, checkpoint_folder, read_json, write_json
@@ -38,6 +39,8 @@ PROMPTS = "prompts.json"
 INSTRUCTIONS = "SERVE.md"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for --max-lora-rank."""
+WILDCARDS = frozenset("*?[")
+"""Characters that make a shell pattern match more than itself."""
 
 
 class _Chosen(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,6 +75,8 @@ def export(run_folder: str | os.PathLike[str], out: str | os.PathLike[str], *, s
             for name, policy in policies.items()
             if policy.get("trainable", True)
         }
+        kept = _kept_roles(policies)
+        found = {name: msgspec.structs.replace(one, kept_roles=kept[name]) for name, one in found.items()}
         described = Export(policies=found, prompts=chosen.prompts)
         write_json(partial / EXPORT_FILE, described)
         write_json(partial / PROMPTS, chosen.prompts)
@@ -165,6 +170,28 @@ def _copy_policy(
     )
 
 
+def _kept_roles(policies: Mapping[str, Mapping[str, object]]) -> dict[str, list[str]]:
+    """Return trained policy -> the patterns of untrained policies before it that may match a role of its own.
+
+    In training the first policy that matches a role takes it. An untrained one is not exported, so that the roles it
+    took would fall to a trained one behind it.
+    """
+    untrained: list[str] = []
+    kept: dict[str, list[str]] = {}
+    for name, policy in policies.items():
+        roles = cast("list[str] | None", policy.get("roles"))
+        if policy.get("trainable", True):
+            kept[name] = [pattern for pattern in untrained if _may_meet(pattern, roles)]
+        else:
+            untrained += ["*"] if roles is None else roles
+    return kept
+
+
+def _may_meet(pattern: str, roles: Sequence[str] | None) -> bool:
+    """Say whether one role may match both; a policy whose own roles have wildcards is not looked into."""
+    return roles is None or any(WILDCARDS & set(role) or matches([pattern], role) for role in roles)
+
+
 def _point_at_base(folder: Path, base: str | None, record: Mapping[str, object]) -> str:
     """Return where a LoRA's base is; a folder relative to where the run was started is written out in full.
 
@@ -189,11 +216,16 @@ def _instructions(described: Export, folder: str) -> str:
     name = names[0] if names else "NAME"
     rows = [
         f"| `{one.model}` | {one.version} | "
-        + ("every role" if one.roles is None else ", ".join(f"`{role}`" for role in one.roles))
+        + ("every role" if one.roles is None else _code(one.roles))
+        + (f" except {_code(one.kept_roles)}" if one.kept_roles else "")
         + f" | `{one.folder}` |"
         for one in described.policies.values()
     ]
     return _SERVE.format(folder=folder, name=name, rows="\n".join(rows), vllm="\n".join(_vllm_lines(described)))
+
+
+def _code(roles: Sequence[str]) -> str:
+    return ", ".join(f"`{role}`" for role in roles)
 
 
 def _vllm_lines(described: Export) -> list[str]:

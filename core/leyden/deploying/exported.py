@@ -26,6 +26,9 @@ class ExportedPolicy(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     roles: list[str] | None
     """Patterns of the roles it speaks for; `None` is every role."""
+    kept_roles: list[str] = []
+    """Patterns of roles among those that it does not speak for: untrained policies before it took them in training.
+    They keep their own endpoint."""
     sampling: dict[str, object] = {}
     """How it was sampled in training: for the reader. A deployed app keeps its own parameters."""
     base_sha256: str | None = None

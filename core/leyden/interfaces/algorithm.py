@@ -37,6 +37,8 @@ class Transition:
     """Of every token, set by the algorithm."""
     weight: float = 0.0
     """Of every token, set with the loss weights: 1 / (Z * N)."""
+    shaping: float = 0.0
+    """What of `value` the algorithm itself added for this call alone (a punishment, a divergence)."""
     token_advantages: Sequence[float] | None = None
     """In place of `advantage`, where tokens differ (GAE); aligned with `token_ids`, as all that follow."""
     corrections: Sequence[float] | None = None

@@ -34,6 +34,8 @@ class _Emitted:
     """Sums of the whole rollout's rewards; 0 for a name that only roles or calls were rewarded with."""
     is_over: bool = False
     """What threads and tasks that the agent left behind still record is dropped: the attempt is judged already."""
+    is_scoring: bool = False
+    """The agent is done, and its reward function is under way."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, record: Record) -> None:
@@ -79,9 +81,11 @@ async def run_attempt(
     job = asyncio.ensure_future(_run(spec, agent, reward, context, emitted))
     try:
         done, _ = await asyncio.wait({job}, timeout=spec.timeout_seconds)
+        if not done and emitted.is_scoring:  # the agent is done; its reward function has as long again
+            done, _ = await asyncio.wait({job}, timeout=spec.timeout_seconds)
         if not done:
             await _cancel(job)
-            return _timed_out(spec, context)
+            return _unscored(spec, context) if emitted.is_scoring else _timed_out(spec, context)
         return job.result()
     except asyncio.CancelledError:
         await _cancel(job)
@@ -101,13 +105,14 @@ async def _run(
     try:
         with rollout_scope(context) as root:
             output = await call(agent, spec.task)
+            emitted.is_scoring = reward is not None
             score = output if reward is None else await _score(reward, spec, output, context)
             found = _record_returned(spec, score, emitted)
             root.attributes["leyden.rewards"] = dict(emitted.names)
             if score is NO_REWARD:
                 root.attributes["leyden.no_reward"] = True
     except DeadlineExceeded:
-        return _timed_out(spec, context)
+        return _unscored(spec, context) if emitted.is_scoring else _timed_out(spec, context)
     except BaseException as error:  # an agent that calls sys.exit() must not end the loop of all the others
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
@@ -172,6 +177,12 @@ def _timed_out(spec: RolloutSpec, context: RolloutContext) -> AttemptResult:
         return _failed(spec, context, context.infrastructure_error)
     text = f"the agent took longer than timeout_seconds={spec.timeout_seconds!r}"
     return _result(spec, context, error=text, error_type="TimeoutError", timed_out=True)
+
+
+def _unscored(spec: RolloutSpec, context: RolloutContext) -> AttemptResult:
+    """Return that a finished agent has no reward: its function's slowness is not the agent's failure."""
+    text = f"the reward function took longer than timeout_seconds={spec.timeout_seconds!r}; the agent had finished"
+    return _result(spec, context, error=text, error_type=RewardError.__name__)
 
 
 def _result(

@@ -47,6 +47,7 @@ class GroupRewards:
         self._weights = weights
         self._pause_seconds = pause_seconds
         self._in_a_row = 0
+        self._last_failure = ""
 
     async def score(self, rollout_ids: Iterable[str]) -> None:
         """Judge the groups of these finished rollouts that were not scored before.
@@ -61,19 +62,27 @@ class GroupRewards:
             groups[one.rollout.group_id].append(one)
         tasks = [asyncio.ensure_future(self._score(*group)) for group in groups.items()]
         try:
-            await asyncio.gather(*tasks)
+            is_scored = await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        # Groups are judged together and those that fail end last: a success among them counts for all.
+        self._in_a_row = 0 if any(is_scored) else self._in_a_row + is_scored.count(False)
+        if self._in_a_row >= UNSCORED_IN_A_ROW:
+            raise RolloutError(
+                f"{self._last_failure}. It has failed for {self._in_a_row} groups in a row; mend it and resume the "
+                "run: groups that were not scored are judged then"
+            )
 
-    async def _score(self, group_id: str, group: Sequence[RolloutRecords]) -> None:
+    async def _score(self, group_id: str, group: Sequence[RolloutRecords]) -> bool:
+        """Judge a group; say whether it is scored, now or before, or nothing of it waits."""
         waiting = [one for one in group if is_waiting(one)]
         if not waiting or await self._store.is_scored(group_id):
-            return
+            return True
         given = await self._ask(group_id, waiting)
         if given is None:
-            return
+            return False
         rewards = {one.rollout.rollout_id: _rewards(one, value) for one, value in zip(waiting, given, strict=True)}
         totals = {
             one.rollout.rollout_id: total([*one.rewards, *own], self._weights)
@@ -91,6 +100,7 @@ class GroupRewards:
             [one for own in rewards.values() for one in own],
             {one.rollout.rollout_id: totals.get(one.rollout.rollout_id) for one in waiting},
         )
+        return True
 
     async def _ask(self, group_id: str, waiting: Sequence[RolloutRecords]) -> Sequence[object] | None:
         """Return one reward a rollout; `None` when the function fails again and again."""
@@ -108,26 +118,17 @@ class GroupRewards:
                 await asyncio.sleep(pause)
                 pause *= 2
             else:
-                self._in_a_row = 0
                 self.unscored.discard(group_id)
                 return _checked(given, group_id, len(waiting))
         return None
 
     def _note_failure(self, group_id: str, error: Exception) -> None:
-        """Count a group without rewards, and say so.
-
-        Raises:
-            RolloutError: there were several in a row.
-        """
+        """Count a group without rewards, and say so."""
         self.unscored.add(group_id)
-        self._in_a_row += 1
-        text = f"the group reward function failed {TRIES} times for group {group_id!r}: {type(error).__name__}: {error}"
-        if self._in_a_row >= UNSCORED_IN_A_ROW:
-            raise RolloutError(
-                f"{text}. It has failed for {self._in_a_row} groups in a row; mend it and resume the run: groups that "
-                "were not scored are judged then"
-            ) from error
-        log.warning("%s. The group has no rewards and is not trained", text)
+        self._last_failure = (
+            f"the group reward function failed {TRIES} times for group {group_id!r}: {type(error).__name__}: {error}"
+        )
+        log.warning("%s. The group has no rewards and is not trained", self._last_failure)
 
 
 def is_waiting(records: RolloutRecords) -> bool:

@@ -93,6 +93,8 @@ class RolloutRunner:
         self._leased: dict[str, int] = {}
         """Rollout id -> attempt of those under way."""
         self._renewer: asyncio.Task[None] | None = None
+        self._starting: set[asyncio.Future[Mapping[str, int]]] = set()
+        """Starts on their way to the store."""
 
     async def run(
         self,
@@ -123,10 +125,11 @@ class RolloutRunner:
         by_id = {rollout.rollout_id: rollout for rollout in rollouts}
         waiting = list(by_id)
         while waiting:
-            started = await self._store.start(
-                waiting, owner=self._owner, lease_seconds=LEASE_SECONDS, versions=versions
-            )
-            self._leased.update(started)
+            # Shielded: a start that the store has made must be known here, or nobody would ever queue it again.
+            starting = asyncio.ensure_future(self._start(waiting, versions))
+            self._starting.add(starting)
+            starting.add_done_callback(self._starting.discard)
+            started = await asyncio.shield(starting)
             again = await _all(
                 [self._attempt(by_id[rollout_id], attempt, finished) for rollout_id, attempt in started.items()]
             )
@@ -135,8 +138,16 @@ class RolloutRunner:
         if self.group_rewards is not None:
             await self.group_rewards.score(by_id)
 
+    async def _start(self, rollout_ids: Sequence[str], versions: Mapping[str, int]) -> Mapping[str, int]:
+        started = await self._store.start(
+            rollout_ids, owner=self._owner, lease_seconds=LEASE_SECONDS, versions=versions
+        )
+        self._leased.update(started)
+        return started
+
     async def close(self) -> None:
         """Stop renewing leases; queue again what was under way, so that a resume in this process can have it."""
+        await asyncio.gather(*self._starting, return_exceptions=True)
         if self._renewer is not None:
             self._renewer.cancel()
             await asyncio.gather(self._renewer, return_exceptions=True)

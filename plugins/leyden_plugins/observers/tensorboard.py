@@ -43,7 +43,10 @@ class TensorBoardSink:
         """The last step this part has written; `None` before its first."""
 
     def run_started(self, info: Mapping[str, object]) -> None:
-        """Open an event file beside those of earlier parts."""
+        """Open an event file beside those of earlier parts; one that a failed part left open is closed."""
+        if self._writer is not None:
+            self._writer.close()
+        self._step = None
         run = note_path(info)
         folder = run / "tensorboard" if self._folder is None else self._folder / run.resolve().name
         self._writer = EventFileWriter(str(folder))

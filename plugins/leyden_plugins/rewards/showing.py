@@ -90,7 +90,7 @@ def score_in(text: str) -> tuple[float, str]:
     Raises:
         ValueError: says what is wrong with it.
     """
-    found = _object_in(text)
+    found = _object_in(text, "score")
     return _score(found.get("score")), str(found.get("reason") or "")
 
 
@@ -100,7 +100,7 @@ def scores_in(text: str, count: int) -> list[float]:
     Raises:
         ValueError: says what is wrong with it.
     """
-    rows = _object_in(text).get("scores")
+    rows = _object_in(text, "scores").get("scores")
     if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise ValueError(f"'scores' must be a list of objects, got {rows!r:.200}")
     ids = [str(row.get("id")) for row in rows]
@@ -111,15 +111,21 @@ def scores_in(text: str, count: int) -> list[float]:
     return [by_id[name] for name in wanted]
 
 
-def _object_in(text: str) -> Mapping[str, object]:
-    """Return the first JSON object in a text: models like to put words or a fence around it."""
-    start = text.find("{")
-    try:
-        found, _ = json.JSONDecoder().raw_decode(text[max(0, start) :])
-    except ValueError as error:
-        raise ValueError(f"no JSON object could be read from {text!r:.200}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"expected a JSON object, got {text!r:.200}")
+def _object_in(text: str, key: str) -> Mapping[str, object]:
+    """Return the last JSON object with `key` behind a model's thoughts: it may put words or a fence around it."""
+    spoken = text.rpartition("</think>")[2]
+    found: Mapping[str, object] | None = None
+    start = spoken.find("{")
+    while start >= 0:
+        end = start + 1
+        try:
+            one, end = json.JSONDecoder().raw_decode(spoken, start)
+            found = one if isinstance(one, dict) and key in one else found
+        except ValueError:
+            pass  # a brace that opens no object
+        start = spoken.find("{", end)
+    if found is None:
+        raise ValueError(f"no JSON object with {key!r} could be read from {text!r:.200}")
     return found
 
 

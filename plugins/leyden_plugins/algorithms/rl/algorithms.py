@@ -15,6 +15,7 @@ from leyden import mdp
 from leyden.errors import ConfigurationError
 from leyden.interfaces import Group, Loss, Transition
 from leyden_plugins.algorithms.rl import checks, estimators
+from leyden_plugins.algorithms.rl.estimators import has_target
 from leyden_plugins.algorithms.rl.policy_gradient import PolicyGradient, Scene
 
 PLAIN = Loss(name="policy_gradient")
@@ -142,7 +143,10 @@ class ReinforcePlusPlus(Clipped):
 
 @dataclass(frozen=True, kw_only=True)
 class PPO(Clipped):
-    """Proximal policy optimisation with a value head (Schulman et al. 2017) and GAE over a rollout's tokens."""
+    """Proximal policy optimisation with a value head (Schulman et al. 2017) and GAE over a rollout's tokens.
+
+    Values are taken as returns to go, so rewards of roles and calls want `credit="per-turn"`.
+    """
 
     normalisation: mdp.Normalisation = "token_mean"
     discount: float = 1.0
@@ -253,9 +257,14 @@ class DAPO(GRPO):
         checks.at_least_one(self, "most_batches")
 
     def accepts(self, group: Group) -> bool:
-        """Accept a group whose rewards are not all equal."""
-        rewards = [one.rollout.reward for one in group.rollouts if one.rollout.reward is not None]
-        return bool(rewards) and max(rewards) - min(rewards) > estimators.LEAST_SPREAD
+        """Accept a group whose totals, or rewards of roles and calls, are not all equal."""
+        scored = [one for one in group.rollouts if one.rollout.reward is not None]
+        totals = [one.rollout.reward or 0.0 for one in scored]
+        aimed = {
+            tuple((reward.name, reward.target_role, reward.value) for reward in one.rewards if has_target(reward))
+            for one in scored
+        }
+        return bool(scored) and (max(totals) - min(totals) > estimators.LEAST_SPREAD or len(aimed) > 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -122,16 +122,26 @@ def check_inner(outer: PolicyGradient, inner: PolicyGradient, *, where: str, sha
         ConfigurationError: it has a value of its own for an option that it shares with the outer one, or needs what
             the outer one does not give.
     """
+    if not hasattr(inner, "compares_rollouts"):
+        raise ConfigurationError(f"{where}={inner!r} is no policy-gradient algorithm; use one such as GRPO()")
     defaults = {
         one.name: one.default_factory() if one.default_factory is not MISSING else one.default for one in fields(inner)
     }
+    options = {one.name for one in fields(outer)}
     for name in shared:
         value = getattr(inner, name)
         if name in defaults and value != defaults[name] and value != getattr(outer, name):
             raise ConfigurationError(
-                f"{where} has {name}={value!r}, but it shares this option with {type(outer).__name__}"
-                f"({name}={getattr(outer, name)!r}); set it there"
+                f"{where} has {name}={value!r}, but how a step is sampled and weighed is decided outside it, by "
+                f"{type(outer).__name__} with {name}={getattr(outer, name)!r}; "
+                + ("set it there" if name in options else "leave it out: that one has no such option")
             )
+    if inner.normalisation == "dr_grpo" and outer.normalisation != "dr_grpo":
+        raise ConfigurationError(
+            f"{where}={type(inner).__name__} divides by a constant, but weights are decided outside it, by "
+            f"{type(outer).__name__}(normalisation={outer.normalisation!r}); set normalisation='dr_grpo' and "
+            "rollout_tokens there, or use GRPO(normalise_std=False) here"
+        )
     if inner.compares_rollouts and outer.group_size < 2:
         raise ConfigurationError(f"{where} compares rollouts of a task, but group_size={outer.group_size!r}; use 2")
     if inner.ratio is None and (outer.updates_per_step > 1 or outer.epochs > 1):

@@ -2,18 +2,20 @@
 
 All have one shape: `(transitions, groups, options) -> transitions`, in order. `Transition.value` is the return that
 credit assignment gave a call; an estimator compares returns, and knows nothing of losses, weights or learners.
-One trap: a baseline counts every rollout that has a reward, also those in which the policy was silent.
+One trap: a baseline counts every rollout that has a reward, also those in which the policy was silent, unless rewards
+of the group have targets: then what a silent rollout earned says nothing about the role.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean, pstdev, stdev
 from typing import Literal
 
 from leyden.interfaces import Group, Transition
+from leyden.spans import Reward
 
 LEAST_SPREAD = 1e-6
 """Returns that differ by less are equal: only rounding tells them apart."""
@@ -22,15 +24,26 @@ Level = Literal["role", "turn"]
 
 
 def returns_by_group(transitions: Sequence[Transition], groups: Sequence[Group]) -> dict[str, dict[str, float]]:
-    """Return group -> rollout -> its return: the mean value of its calls, or its reward where it made none."""
+    """Return group -> rollout -> its return: the mean value of its calls, or its reward where it made none.
+
+    Where rewards have targets (roles, calls), a total is on another scale than what calls were credited with, so
+    rollouts without calls are left out.
+    """
     values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for one in transitions:
         values[one.group_id][one.rollout_id].append(one.value)
     for group in groups:
+        if any(has_target(reward) for records in group.rollouts for reward in records.rewards):
+            continue
         for rollout in (records.rollout for records in group.rollouts):
             if rollout.reward is not None and not values[group.group_id][rollout.rollout_id]:
                 values[group.group_id][rollout.rollout_id].append(rollout.reward)
     return {name: {key: fmean(some) for key, some in rollouts.items()} for name, rollouts in values.items()}
+
+
+def has_target(reward: Reward) -> bool:
+    """Say whether a reward is of one role or call."""
+    return reward.target_role is not None or reward.target_span is not None
 
 
 def with_advantages(transitions: Sequence[Transition], advantages: Iterable[float]) -> list[Transition]:
@@ -51,19 +64,45 @@ def group_relative(
 ) -> list[Transition]:
     """Set A = (R - mean) / std over the rollouts of a task (GRPO, DeepSeekMath, section 4.1.2).
 
-    Without std it is Dr. GRPO's (Liu et al. 2025). std is the sample standard deviation, as in TRL.
+    Without std it is Dr. GRPO's (Liu et al. 2025). std is the sample standard deviation, as in TRL; where the calls of
+    a rollout have different returns it is that of all calls, whose spread the rollouts' means do not show.
     """
     returns = {name: list(some.values()) for name, some in returns_by_group(transitions, groups).items()}
+    calls: dict[str, list[float]] = defaultdict(list)
+    by_rollout: dict[str, set[float]] = defaultdict(set)
+    for one in transitions:
+        calls[one.group_id].append(one.value)
+        by_rollout[one.rollout_id].add(one.value)
+    varied = {one.group_id for one in transitions if len(by_rollout[one.rollout_id]) > 1}
     return with_advantages(
-        transitions, (_relative(one.value, returns[one.group_id], normalise_std) for one in transitions)
+        transitions,
+        (
+            _relative(
+                one.value,
+                returns[one.group_id],
+                normalise_std,
+                spread=calls[one.group_id] if one.group_id in varied else None,
+            )
+            for one in transitions
+        ),
     )
 
 
-def _relative(value: float, returns: Sequence[float], normalise_std: bool) -> float:
-    """Compare a value with at least two returns; fewer, or equal ones where they should scale, give no signal."""
-    if len(returns) < 2 or (normalise_std and max(returns) - min(returns) <= LEAST_SPREAD):
+def _relative(
+    value: float, returns: Sequence[float], normalise_std: bool, spread: Sequence[float] | None = None
+) -> float:
+    """Compare a value with at least two returns; fewer, or equal ones where they should scale, give no signal.
+
+    Args:
+        value: a call's return.
+        returns: of the rollouts, whose mean is the baseline.
+        normalise_std: divide by a standard deviation.
+        spread: of these values; `None`: of the returns.
+    """
+    scale = returns if spread is None else spread
+    if len(returns) < 2 or (normalise_std and max(scale) - min(scale) <= LEAST_SPREAD):
         return 0.0
-    return (value - fmean(returns)) / (stdev(returns) if normalise_std else 1.0)
+    return (value - fmean(returns)) / (stdev(scale) if normalise_std else 1.0)
 
 
 def leave_one_out(transitions: Sequence[Transition], groups: Sequence[Group]) -> list[Transition]:
@@ -133,29 +172,54 @@ def generalised_advantages(transitions: Sequence[Transition], *, discount: float
     """Set A_t = sum over l of (discount * trace)^l delta_{t+l}, delta_t = r_t + discount V_{t+1} - V_t, per token.
 
     GAE (Schulman et al. 2016, equation 16), with `trace` its lambda; the value head's target is A_t + V_t. Time runs
-    over all tokens of a rollout, through its calls in order; V after the last is 0. What credit assignment gives is
-    a call's return, so the reward at the end of call k is R_k - R_{k+1}, and R_K at the end of the last: with
-    discount 1 the rewards from k on add up to R_k, and broadcast credit gives the rollout's reward once, at its end.
+    over all tokens of a rollout, through its calls in order; V after the last is 0. Values are taken as returns to
+    go: the reward at the end of call k is R_k - R_{k+1}, and R_K at the end of the last, plus each call's shaping. With
+    discount 1 the rewards from k on add up to R_k; broadcast credit gives the rollout's reward once, at its end. The
+    choices of one call (n > 1) stand side by side: each goes on to the next call, which sees their mean.
     """
     found = list(transitions)
-    by_rollout: dict[str, list[int]] = defaultdict(list)
+    calls: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, one in enumerate(transitions):
-        by_rollout[one.rollout_id].append(index)
-    for calls in by_rollout.values():
-        advantage = next_value = later_return = 0.0
-        for index in reversed(calls):
-            one = transitions[index]
-            values = one.values or [0.0] * len(one.token_ids)
-            reward, later_return = one.value - later_return, one.value
-            advantages: list[float] = []
-            for value in reversed(values):
-                advantage = reward + discount * next_value - value + discount * trace * advantage
-                advantages.append(advantage)
-                reward, next_value = 0.0, value
-            advantages.reverse()
-            returns = [a + value for a, value in zip(advantages, values, strict=True)]
-            found[index] = replace(one, token_advantages=advantages, returns=returns, values=values)
+        calls[one.rollout_id][one.span_id].append(index)
+    for rollout in calls.values():
+        later = _Later(advantage=0.0, value=0.0, value_to_go=0.0)
+        for choices in reversed(rollout.values()):
+            before = []
+            for index in choices:
+                found[index], left = _through_call(transitions[index], later, discount, trace)
+                before.append(left)
+            later = _Later(
+                advantage=fmean(one.advantage for one in before),
+                value=fmean(one.value for one in before),
+                value_to_go=fmean(one.value_to_go for one in before),
+            )
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Later:
+    """What a call's last token needs of the first token after it."""
+
+    advantage: float
+    value: float
+    value_to_go: float
+    """The call's return, without what only shapes it."""
+
+
+def _through_call(one: Transition, later: _Later, discount: float, trace: float) -> tuple[Transition, _Later]:
+    """Go through a call's tokens from its end."""
+    values = one.values or [0.0] * len(one.token_ids)
+    to_go = one.value - one.shaping
+    reward, advantage, next_value = to_go - later.value_to_go + one.shaping, later.advantage, later.value
+    advantages: list[float] = []
+    for value in reversed(values):
+        advantage = reward + discount * next_value - value + discount * trace * advantage
+        advantages.append(advantage)
+        reward, next_value = 0.0, value
+    advantages.reverse()
+    returns = [a + value for a, value in zip(advantages, values, strict=True)]
+    done = replace(one, token_advantages=advantages, returns=returns, values=values)
+    return done, _Later(advantage=advantage, value=next_value, value_to_go=to_go)
 
 
 def whitened(transitions: Sequence[Transition]) -> list[Transition]:

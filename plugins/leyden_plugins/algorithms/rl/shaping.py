@@ -36,7 +36,7 @@ class Overlong:
 
 def punish_length(transitions: Sequence[Transition], overlong: Overlong) -> list[Transition]:
     """Return the transitions with the punishment in their values."""
-    return [replace(one, value=one.value + overlong.punishment(len(one.token_ids))) for one in transitions]
+    return [shaped(one, overlong.punishment(len(one.token_ids))) for one in transitions]
 
 
 def subtract_divergence(
@@ -48,6 +48,11 @@ def subtract_divergence(
     k3 as a reward is not (Tang and Munos 2025, "On a few pitfalls in KL divergence gradient estimation for RL").
     """
     return [
-        replace(one, value=one.value - coefficient * (math.fsum(one.logprobs) - math.fsum(reference)))
+        shaped(one, -coefficient * (math.fsum(one.logprobs) - math.fsum(reference)))
         for one, reference in zip(transitions, reference_logprobs, strict=True)
     ]
+
+
+def shaped(transition: Transition, amount: float) -> Transition:
+    """Add to a call's value, and note that it is this call's own: an estimator over time must not pass it on."""
+    return replace(transition, value=transition.value + amount, shaping=transition.shaping + amount)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -57,8 +58,9 @@ class RejectionSampling(Stepwise):
             raise ConfigurationError(
                 f"group_size={self.group_size!r} and updates_per_step={self.updates_per_step!r} must be at least 1"
             )
-        if self.keep != "best" and not isinstance(self.keep, int | float):
-            raise ConfigurationError(f"keep={self.keep!r} must be 'best' or a number")
+        is_number = isinstance(self.keep, int | float) and not isinstance(self.keep, bool) and math.isfinite(self.keep)
+        if self.keep != "best" and not is_number:
+            raise ConfigurationError(f"keep={self.keep!r} must be 'best' or a finite number")
         if self.keep == "best" and self.group_size < 2:
             raise ConfigurationError(
                 f"keep='best' compares the rollouts of a group, but group_size={self.group_size!r}; use at least 2"

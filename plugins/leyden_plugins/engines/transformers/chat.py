@@ -9,6 +9,7 @@ otherwise as an object, which the template may format differently.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -110,16 +111,19 @@ class Chat:
 
         The conversation is rendered with known words in the place of the answer, and what stands behind them is
         taken: the end of the turn, the later messages, and what asks for the next one. An end that was sampled (one
-        of `ends`) is not repeated. `None`: the template refuses such a conversation, or does not show the words.
+        of `ends`) is not repeated. `None`: the template refuses such a conversation, or does not show the words exactly
+        once, so that where the answer ends is unknown.
         """
         turns = [self._message(message) for message in messages]
-        turns[answered] = {"role": "assistant", "content": PROBE_ANSWER}
+        turns[answered] = {"role": "assistant", "content": ""}
+        probe = _absent(PROBE_ANSWER, msgspec.json.encode((turns, tools)).decode())
+        turns[answered]["content"] = probe
         try:
             text = self._render(turns, tools, ask=True)
         except ConfigurationError:
             return None
-        _, words, after = text.rpartition(PROBE_ANSWER)
-        if not words:
+        _, words, after = text.partition(probe)
+        if not words or probe in after:
             return None
         tokens = self.codec.encode(after)
         if tokens and answer_ids:
@@ -192,6 +196,12 @@ class Chat:
                 self.takes_strings = as_string
                 self.forms = (form,) if form == HERMES else (form, HERMES)
                 return
+
+
+def _absent(word: str, text: str) -> str:
+    """Return `word`, with a number behind it where `text` holds it already: the first that is not there."""
+    numbered = (f"{word}_{number}" for number in itertools.count())
+    return next(found for found in itertools.chain([word], numbered) if found not in text)
 
 
 def text_of(part: object) -> str:

@@ -62,7 +62,7 @@ def attention_of(model: PreTrainedModel) -> Attention:
     are counted, which makes sharing look better than it is.
     """
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None) or 1
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     embedding = next(model.get_input_embeddings().parameters())
     parameters = sum(one.numel() for one in model.base_model.parameters()) - embedding.numel()
@@ -123,7 +123,7 @@ def _collate(
     is_shared = rows[0].seen_until is not None
     length = max(len(row.token_ids) for row in rows)
     if is_shared and attention.mask_entries is None:
-        length = -(-length // BLOCK) * BLOCK
+        length = max(2, -(-length // BLOCK)) * BLOCK  # a single block would be compiled separately
     input_ids = torch.zeros(len(rows), length, dtype=torch.long)
     position_ids = torch.zeros(len(rows), length, dtype=torch.long)
     # Padding sees itself: a query with nothing to look at is NaN, which spreads backwards.
