@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
@@ -62,9 +63,8 @@ def advantages(run: Path, agent: object, **options: object) -> dict[str, list[fl
 
 
 def normalised(returns: Sequence[float], value: float) -> float:
-    """Return GRPO's (R - mean) / std over the two rollouts of the group."""
-    mean = sum(returns) / 2
-    return round((value - mean) / (sum((one - mean) ** 2 for one in returns)) ** 0.5, 3)
+    """Return GRPO's (R - mean) / std over the calls of the group's two rollouts, as many in each."""
+    return round((value - fmean(returns)) / stdev(returns), 3)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_turn_reward_is_weighted_by_its_name_and_credits_its_turn(
     tmp_path: Path, weights: dict[str, float], weight: float
 ) -> None:
     found = advantages(tmp_path / "run", two_turns, reward_weights=weights)
-    returns = [0.0, weight / 2]  # of a rollout, the mean over its calls
+    returns = [0.0, 0.0, weight, 0.0]
     assert found == {
         "turn-0-of-0": [normalised(returns, 0.0)],
         "turn-1-of-0": [normalised(returns, 0.0)],
@@ -103,7 +103,8 @@ def test_an_assignment_is_given_by_name_or_as_a_function(tmp_path: Path, credit:
 
     found = advantages(tmp_path / "run", agent, credit=credit)
     first = 1.0 if credit == "per-turn" else 0.5
-    returns = [0.0, (first + 1.0) / 2]
+    # With equal returns in each rollout the spread is that of the rollouts.
+    returns = [0.0, 1.0] if credit == "per-turn" else [0.0, 0.0, first, 1.0]
     assert found["turn-0-of-1"] == [normalised(returns, first)]
     assert found["turn-1-of-1"] == [normalised(returns, 1.0)]
 
