@@ -96,12 +96,12 @@ def trained(tmp_path: Path, argv: list[str], how: str) -> tuple[CountingLearner,
 
 
 def trained_tokens(learner: CountingLearner) -> list[tuple[list[int], bool]]:
-    """Return the tokens that were trained, and whether their advantage is positive, a row each."""
+    """Return the tokens that were trained, and whether their advantage is positive, a sample each."""
     found: list[tuple[list[int], bool]] = []
-    for _, row in learner.rows:
-        places = [place for place, kept in enumerate(row.mask) if kept]
-        (is_better,) = {row.advantages[place] > 0 for place in places}
-        found.append(([row.token_ids[place] for place in places], is_better))
+    for _, sample in learner.samples:
+        places = [place for place, weight in enumerate(sample.weights) if weight]
+        (is_better,) = {sample.advantages[place] > 0 for place in places}
+        found.append(([sample.token_ids[place] for place in places], is_better))
     return sorted(found)
 
 
@@ -117,5 +117,5 @@ def test_what_a_failed_program_had_finished_is_trained_and_nothing_else(
 
 def test_a_program_without_a_readable_reward_is_not_trained_at_all(tmp_path: Path, argv: list[str]) -> None:
     learner, summary = trained(tmp_path, argv, "print")
-    assert learner.rows == []
+    assert learner.samples == []
     assert summary["failures"] == {"RewardError": 1}

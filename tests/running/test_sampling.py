@@ -114,6 +114,29 @@ def test_a_resumed_run_turns_the_same_groups_down(run, max_staleness):
     assert {step: after.rejected[step] for step in (1, 2, 3)} == before.rejected
 
 
+def test_a_run_killed_while_it_chooses_goes_on_with_every_group_it_had_begun(run):
+    class Chooses(GRPO):
+        most_batches = 6
+        seen = 0
+        dies = True
+
+        def accepts(self, group: Group) -> bool:
+            Chooses.seen += 1
+            if Chooses.dies and Chooses.seen == 3:
+                raise LeydenError("killed here")
+            return not group.group_id.startswith(("g1-", "g2-"))
+
+    options = {"tasks": list(range(12)), "tasks_per_step": 1, "max_staleness": 1}
+    with pytest.raises(LeydenError, match="killed here"):
+        small_trainer(run, algorithm=Chooses(group_size=2), **options).fit(2)
+    Chooses.dies = False
+    small_trainer(run, algorithm=Chooses(group_size=2), **options).fit(2, resume=True)
+    read = ledger(run)
+    rejected = [name.partition("-")[0] for name in read.rejected[1]]
+    assert (sorted(rejected), read.rejected.get(2, [])) == (["g1", "g2"], [])
+    assert [names[0].partition("-")[0] for names in read.taken.values()] == ["g3", "g4"]
+
+
 def test_a_step_that_has_run_out_of_tasks_goes_on_with_the_groups_it_has(run):
     class One(Choosy):
         def accepts(self, group: Group) -> bool:

@@ -19,7 +19,17 @@ import msgspec
 from leyden.interfaces import AttemptResult, Group, Store
 from leyden.running.rollouts import RolloutRunner
 from leyden.spans import FINISHED, Mode, Rollout
-from leyden.training.sampling import Accept, Drawn, Sampler, TaskOrder, grouped, names_of, planned
+from leyden.training.sampling import (
+    Accept,
+    Drawn,
+    Sampler,
+    TaskOrder,
+    grouped,
+    names_of,
+    planned,
+    rollout_ids,
+    stored_groups,
+)
 from leyden.training.versions import Versions
 
 GROUP_NAME = re.compile(r"g(\d+)-")
@@ -122,6 +132,8 @@ class AsynchronousSampler(Sampler):
         self._group_size = 0
         self._next_number = 0
         """0 until the store was looked through."""
+        self._rejected_before: dict[str, list[str]] = {}
+        """Group id -> rollout ids of those that the step under way had rejected when an earlier run was killed."""
         self._running = 0
         """Rollouts begun and not finished."""
         self._changed = asyncio.Event()
@@ -144,17 +156,22 @@ class AsynchronousSampler(Sampler):
         await self._look_through_store(step)
         self._is_open = True
         groups: list[Group] = []
-        rejected: list[Group] = []
+        rejected = await stored_groups(self._store, self._rejected_before)
+        self._rejected_before = {}
         places, most = self._rules.tasks_per_step, self._rules.tasks_per_step * most_batches
+        self._free = min(places, most - len(rejected))
         self._begin_all()
         while self._free:
             taken = self._take()
             if taken is None:
                 await self._change()
                 continue
-            (groups if accept is None or accept(taken) else rejected).append(taken)
+            is_accepted = accept is None or accept(taken)
+            (groups if is_accepted else rejected).append(taken)
             self._free = min(places - len(groups), most - len(groups) - len(rejected))
             self._begin_all()
+            if not is_accepted:  # at once, or a resume would give it a place again
+                await self._store.put_meta(_rejected_key(step), msgspec.json.encode(rollout_ids(rejected)).decode())
         return Drawn(groups=groups, rejected=rejected)
 
     async def discard(self, step: int, groups: Sequence[Group]) -> None:
@@ -162,6 +179,7 @@ class AsynchronousSampler(Sampler):
         await self.close()
         failed = {one.group_id for one in await self._store.rollouts(mode=Mode.TRAIN) if one.error_type is not None}
         under_way = {one.rollouts[0].group_id for one in self._begun}
+        await self._store.put_meta(_rejected_key(step), "{}")
         await self._discard(sorted({group.group_id for group in groups} | (failed & under_way)))
 
     def step_finished(self, step: int) -> None:
@@ -262,6 +280,9 @@ class AsynchronousSampler(Sampler):
         for earlier in range(1, step):
             if (names := await names_of(self._store, earlier)) is not None:
                 gone |= {*names.groups, *names.rejected}
+        stored = await self._store.get_meta(_rejected_key(step)) or "{}"
+        self._rejected_before = msgspec.json.decode(stored, type=dict[str, list[str]])
+        gone |= set(self._rejected_before)
         found: dict[int, list[Rollout]] = {}
         for rollout in await self._store.rollouts(mode=Mode.TRAIN):
             if (match := GROUP_NAME.match(rollout.group_id)) is not None:
@@ -295,3 +316,7 @@ class AsynchronousSampler(Sampler):
         if group_ids:
             before = msgspec.json.decode(await self._store.get_meta(DISCARDED) or "[]", type=list[str])
             await self._store.put_meta(DISCARDED, msgspec.json.encode([*before, *group_ids]).decode())
+
+
+def _rejected_key(step: int) -> str:
+    return f"rejected/{step}"

@@ -49,7 +49,7 @@ async def names_of(store: Store, step: int) -> Names | None:
 
 async def write_names(store: Store, step: int, drawn: Drawn) -> None:
     """Record which groups `step` takes."""
-    names = Names(_names(drawn.groups), _names(drawn.rejected))
+    names = Names(rollout_ids(drawn.groups), rollout_ids(drawn.rejected))
     await store.put_meta(_key(step), msgspec.json.encode(names).decode())
 
 
@@ -74,7 +74,8 @@ def grouped(records: Sequence[RolloutRecords]) -> list[Group]:
     return [Group(group_id=key, task=some[0].rollout.task, rollouts=some) for key, some in groups.items()]
 
 
-def _names(groups: Sequence[Group]) -> dict[str, list[str]]:
+def rollout_ids(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """Return group id -> its rollouts' ids, in sample order."""
     return {group.group_id: [one.rollout.rollout_id for one in group.rollouts] for group in groups}
 
 
