@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerFast
 
 from leyden.interfaces import GenerationRequest, Sample
 from leyden.layouts import merged
-from leyden_plugins.engines.transformers.chat import Chat
-from leyden_plugins.engines.transformers.text import Codec
+from leyden_plugins.chat.templates import Chat
+from leyden_plugins.chat.text import Codec
 from leyden_plugins.gateway.continuity import Continuity
 from leyden_plugins.gateway.conversations import Conversations
 from leyden_plugins.gateway.dialects import Answer, ChoiceSoFar

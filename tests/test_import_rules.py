@@ -28,7 +28,8 @@ CORE_ORDER = tuple(ORDER.split())
 
 CORE_THIRD_PARTIES = {"pluggy", "msgspec"}
 TORCH_FOLDERS = {"engines", "learners", "torch_models"}
-TORCH_MODELS_USERS = {"engines", "learners"}
+SHARED = {"torch_models": {"engines", "learners"}, "chat": {"engines"}}
+"""Folders that are no plugin of their own, and who may import them."""
 
 
 def imports(source: str) -> Iterator[str]:
@@ -72,8 +73,7 @@ def plugin_faults(folder: str, source: str) -> list[str]:
         top, _, rest = name.partition(".")
         if top == "leyden_plugins":
             other = rest.partition(".")[0]
-            shared = other == "torch_models" and folder in TORCH_MODELS_USERS
-            if other != folder and not shared:
+            if other != folder and folder not in SHARED.get(other, ()):
                 faults.append(f"{folder} imports {name}, another plugin")
         elif name.startswith("."):
             faults.append(f"{folder} has the relative import {name}")

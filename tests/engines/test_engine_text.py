@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from leyden.errors import ConfigurationError
 from leyden.interfaces import GenerationRequest, SamplingParameters
-from leyden_plugins.engines.transformers.chat import HERMES, CallForm, Chat
-from leyden_plugins.engines.transformers.text import Codec, TextStream
+from leyden_plugins.chat.templates import HERMES, CallForm, Chat
+from leyden_plugins.chat.text import Codec, TextStream
 from tests.engines.asking import ask, request, running
 from tests.tiny import END, HERMES_TEMPLATE, PLAIN_TEMPLATE, VOCABULARY, tiny_tokenizer
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from leyden.interfaces import Delta, Generation, GenerationRequest
 from leyden.testing.fakes import FakeEngine, Sampled
-from leyden_plugins.engines.transformers.chat import Chat
-from leyden_plugins.engines.transformers.text import Codec
+from leyden_plugins.chat.templates import Chat
+from leyden_plugins.chat.text import Codec
 from tests.tiny import END, SPECIALS
 
 REASONING_TEMPLATE = (

@@ -56,6 +56,16 @@ async def test_tokens_differ_and_end_with_their_rollout() -> None:
 
 
 @asynchronous
+async def test_the_engine_is_told_which_calls_belong_together() -> None:
+    async with running() as here:
+        for rollout in ("r1", "r2"):
+            token = here.gateway.admit(access(rollout))
+            for _ in range(2):
+                await here.post(token, ask(), named(rollout=rollout))
+        assert [sampled.request.affinity for sampled in here.engine.log] == ["r1", "r1", "r2", "r2"]
+
+
+@asynchronous
 async def test_the_wires_headers_stand_on_the_completion_and_no_span_is_written() -> None:
     async with running() as here:
         token = here.gateway.admit(access(routes=()))

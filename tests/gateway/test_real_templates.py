@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from leyden_plugins.engines.transformers.chat import PROBE_ANSWER, Chat
-from leyden_plugins.engines.transformers.text import Codec
+from leyden_plugins.chat.templates import PROBE_ANSWER, Chat
+from leyden_plugins.chat.text import Codec
 
 MARKS = re.compile(r"<[|｜][^<>|｜'\"{}]+[|｜]>|<(?:start|end)_of_turn>")
 

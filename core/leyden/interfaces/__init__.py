@@ -12,6 +12,7 @@ from leyden.interfaces.engine import (
     Generation,
     GenerationRequest,
     SamplingParameters,
+    Sleeps,
     Weights,
     able_to_continue,
 )
@@ -25,7 +26,7 @@ from leyden.interfaces.execution import (
     RolloutSpec,
 )
 from leyden.interfaces.gateway import Access, Gateway
-from leyden.interfaces.learner import Batch, KLEstimator, Learner, Loss, Objective, Sample
+from leyden.interfaces.learner import Batch, KLEstimator, Learner, Loss, Objective, ReleasesMemory, Sample
 from leyden.interfaces.sink import MetricSink
 from leyden.interfaces.store import Outcome, Owner, RolloutRecords, Store
 
@@ -52,12 +53,14 @@ __all__ = [
     "Objective",
     "Outcome",
     "Owner",
+    "ReleasesMemory",
     "RewardFunction",
     "RolloutRecords",
     "RolloutSpec",
     "Sample",
     "SamplingParameters",
     "Session",
+    "Sleeps",
     "Store",
     "Transition",
     "Weights",

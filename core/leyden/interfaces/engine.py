@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
@@ -64,6 +64,8 @@ class GenerationRequest:
     streaming and timing stay the engine's own. An engine that cannot do it refuses the request."""
     stream: bool = True
     """False: the caller waits for whole answers, so an engine may give each choice as one delta."""
+    affinity: str | None = None
+    """Requests with the same one tend to go on from each other; an engine of several servers sends them to one."""
 
     @property
     def forces_tool(self) -> bool:
@@ -178,6 +180,24 @@ class ContinuesExactly(Protocol):
         ...
 
 
+@runtime_checkable
+class Sleeps(Protocol):
+    """An engine that can leave its device to a learner while nobody samples."""
+
+    @property
+    def sleeps(self) -> bool:
+        """True when it was asked to; otherwise neither method is called."""
+        ...
+
+    async def sleep(self) -> None:
+        """Free the device's memory; requests that come meanwhile wait. Idempotent."""
+        ...
+
+    async def wake(self) -> None:
+        """Serve again, with the weights that were published last. Idempotent."""
+        ...
+
+
 def able_to_continue(engine: object) -> ContinuesExactly:
     """Return an engine that can go on exactly.
 
@@ -204,3 +224,6 @@ class Weights:
     (`base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`). The engine copies what it keeps."""
     folder: Path | None = None
     """A Hugging Face checkpoint folder, or PEFT's folder of a LoRA."""
+    logprobs: Callable[[Sequence[int], Sequence[int]], Sequence[float]] | None = None
+    """Prompt and answer -> the answer's log-probabilities under these weights at temperature 1, computed by the learner
+    (it blocks): what an engine in another process compares its own with after a push. `None`: there is no learner."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from leyden.interfaces.engine import Weights
 from leyden.roles import Policy
@@ -133,3 +133,12 @@ class Learner(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class ReleasesMemory(Protocol):
+    """A learner that can give back memory which it keeps for later, so that an engine on the same device can use it."""
+
+    def release_memory(self) -> None:
+        """Free what is cached; weights and optimizer stay."""
+        ...

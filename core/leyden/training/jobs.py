@@ -29,7 +29,7 @@ from leyden.training.schedule import Schedule
 from leyden.training.session import TrainingSession
 from leyden.training.sinks import Sinks
 from leyden.training.tasks import checked_tasks
-from leyden.training.versions import Versions
+from leyden.training.versions import Versions, checkable_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,8 @@ class Jobs:
             versions.update(checkpoint.versions)
         for policy in policies:
             if policy.trainable:
-                await parts.engine.publish(policy.name, versions[policy.name], parts.learner.weights(policy.name))
+                weights = checkable_weights(parts.learner, policy.name)
+                await parts.engine.publish(policy.name, versions[policy.name], weights)
         return TrainingSession(
             parts=parts,
             policies=policies,
@@ -197,16 +198,18 @@ class Jobs:
         group = await session.first_group(plan.algorithm.group_size)
         transitions = [one for policy in session.policies for one in session.transitions([group], policy)]
         try:
-            lines = await asyncio.to_thread(
-                preflight,
-                group,
-                policies=session.policies,
-                transitions=transitions,
-                learner=parts.learner,
-                tally=parts.runner.tally,
-                agent=describe(plan.blueprint.agent),
-                seconds=time.monotonic() - began,
-                rollouts_to_come=session.total_steps * plan.algorithm.group_size * plan.schedule.tasks_per_step,
+            seconds = time.monotonic() - began
+            lines = await session.with_learner(
+                lambda: preflight(
+                    group,
+                    policies=session.policies,
+                    transitions=transitions,
+                    learner=parts.learner,
+                    tally=parts.runner.tally,
+                    agent=describe(plan.blueprint.agent),
+                    seconds=seconds,
+                    rollouts_to_come=session.total_steps * plan.algorithm.group_size * plan.schedule.tasks_per_step,
+                )
             )
         except LeydenError:
             await session.discard(1, [group])

@@ -32,6 +32,7 @@ from leyden.training.sampling import (
     write_names,
 )
 from leyden.training.schedule import Clock, Schedule, learning_rate
+from leyden.training.sharing import Turns
 from leyden.training.uses import Uses
 from leyden.training.versions import Versions, serve
 
@@ -82,6 +83,7 @@ class TrainingSession:
         """By the step under way."""
         self._uses = Uses(published)
         self._step_began = time.monotonic()
+        self._turns = Turns(parts.engine, parts.learner)
         self._clock = Clock()
         self._sampler = self._new_sampler(tasks)
 
@@ -215,11 +217,16 @@ class TrainingSession:
         return await self._learn(lambda: self._update(policy, batches))
 
     async def _learn(self, work: Callable[[], Result]) -> Result:
-        """Do the learner's work off the loop, on the clock."""
+        """Do work of the learner's on the clock."""
         started = time.monotonic()
-        result = await asyncio.to_thread(work)
+        result = await self.with_learner(work)
         self._clock.add("learn", time.monotonic() - started)
         return result
+
+    async def with_learner(self, work: Callable[[], Result]) -> Result:
+        """Do work of the learner's off the loop, in its turn on the device."""
+        await self._turns.learner()
+        return await asyncio.to_thread(work)
 
     def _update(self, policy: Policy, batches: Sequence[Batch]) -> dict[str, float]:
         measured: list[Mapping[str, float]] = []
@@ -279,6 +286,7 @@ class TrainingSession:
         # First the ledger: rollouts that go on meanwhile may use a version the moment it is served, and no record may
         # name a version that the ledger does not know.
         await self._parts.store.add_updates(updates)
+        await self._turns.engine()
         for update in updates:
             self._published.add(update)
             await serve(self._parts, update.policy, update.version)
@@ -320,8 +328,9 @@ class TrainingSession:
         self._saved_step = step
 
     async def close(self) -> None:
-        """End the rollouts that are still under way; a resume goes on with them."""
+        """End the rollouts that are still under way, which a resume goes on with; leave the engine awake."""
         await self._sampler.close()
+        await self._turns.engine()
 
     async def _run(self, planned: Sequence[Rollout], *, phase: str) -> Sequence[RolloutRecords]:
         done = 0
@@ -332,6 +341,7 @@ class TrainingSession:
             done += 1
             self._report(phase, done, len(planned), time.monotonic() - started)
 
+        await self._turns.engine()
         await self._parts.runner.run(planned, versions=self.versions, finished=finished)
         return await self._parts.store.records([rollout.rollout_id for rollout in planned])
 

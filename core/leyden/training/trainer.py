@@ -43,6 +43,7 @@ from leyden.training.evaluation import Evaluation
 from leyden.training.jobs import Jobs, Plan
 from leyden.training.parts import Blueprint
 from leyden.training.schedule import Schedule
+from leyden.training.sharing import check_turns
 from leyden.training.sinks import Sinks
 from leyden.training.tasks import checked_tasks
 
@@ -143,6 +144,7 @@ class Trainer:
                 f"keep_checkpoints={keep_checkpoints!r} and concurrency={concurrency!r} must be at least 1, "
                 f"workers={workers!r} at least 0"
             )
+        check_turns(engine, max_staleness)
         if exact_continuation:
             able_to_continue(engine)
         weights = dict(reward_weights or {DEFAULT_REWARD: 1.0})

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import bisect
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+from leyden.interfaces import Learner, Sample, Weights
 from leyden.spans import Update
 from leyden.training.parts import Parts
 
@@ -44,7 +46,7 @@ class Versions:
 
 async def serve(parts: Parts, policy: str, version: int) -> None:
     """Let the engine sample from the learner's weights as they are now."""
-    weights = parts.learner.weights(policy)
+    weights = checkable_weights(parts.learner, policy)
     if parts.engine.keeps_versions:
         await parts.engine.publish(policy, version, weights)
         return
@@ -53,3 +55,20 @@ async def serve(parts: Parts, policy: str, version: int) -> None:
         await parts.engine.publish(policy, version, weights)
     finally:
         parts.gateway.release()
+
+
+def checkable_weights(learner: Learner, policy: str) -> Weights:
+    """Return a policy's weights with what an engine needs to check that it serves them."""
+
+    def logprobs(prompt_token_ids: Sequence[int], token_ids: Sequence[int]) -> Sequence[float]:
+        nothing = [0.0] * len(token_ids)
+        sample = Sample(
+            prompt_token_ids=prompt_token_ids,
+            token_ids=token_ids,
+            weights=nothing,
+            advantages=nothing,
+            logprobs=nothing,
+        )
+        return learner.logprobs(policy, [sample])[0]
+
+    return replace(learner.weights(policy), logprobs=logprobs)

@@ -223,7 +223,7 @@ class App:
         question = dialect.read(body, decode=self._decode, memory=caller.admission.memory)
         policy = caller.policy(asked if isinstance(asked, str) else question.request.model)
         request = request_for(caller.access.models[policy], question.request)
-        call.ask(question, replace(request, model=policy))
+        call.ask(question, replace(request, model=policy, affinity=caller.access.rollout_id or None))
         self._check_ability(request, dialect)
         watch = asyncio.create_task(watch_client(exchange, call))
         try:

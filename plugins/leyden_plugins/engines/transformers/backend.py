@@ -12,13 +12,13 @@ from weakref import ref
 
 from leyden.errors import ConfigurationError
 from leyden.interfaces import GenerationRequest, Weights
+from leyden_plugins.chat.templates import Chat
+from leyden_plugins.chat.text import Codec, TextStream
 from leyden_plugins.engines.transformers.batching import Answer, Batcher, Call
 from leyden_plugins.engines.transformers.cache import PrefixCache
-from leyden_plugins.engines.transformers.chat import Chat
 from leyden_plugins.engines.transformers.delivery import DeltaStream
 from leyden_plugins.engines.transformers.lane import Lane, Served, SoloLane, WindowLane
 from leyden_plugins.engines.transformers.networks import ModuleNetwork, choose_network, row_network
-from leyden_plugins.engines.transformers.text import Codec, TextStream
 from leyden_plugins.torch_models import (
     FusedNetwork,
     canonical_tensors,
@@ -181,7 +181,7 @@ class Backend:
 
         if self._grammars is None:
             self._grammars = Grammars(self.chat.codec, self.vocabulary, self.eos)
-        return self._grammars.constraint(request, self.chat.forms)
+        return self._grammars.constraint(request, self.chat.forms[0])
 
     def _text(self, request: GenerationRequest, parses_tools: bool) -> TextStream | None:
         if not request.stream and not request.sampling.stop:

@@ -23,12 +23,12 @@ import torch
 
 from leyden.errors import EngineError
 from leyden.interfaces import Delta
+from leyden_plugins.chat.templates import Chat, ToolCall
+from leyden_plugins.chat.text import TextStream
 from leyden_plugins.engines.transformers.cache import PrefixCache
-from leyden_plugins.engines.transformers.chat import Chat, ToolCall
 from leyden_plugins.engines.transformers.delivery import DeltaStream, Item, deliver
 from leyden_plugins.engines.transformers.lane import Lane, Row, Served
 from leyden_plugins.engines.transformers.sampling import Sampler
-from leyden_plugins.engines.transformers.text import TextStream
 
 Reason = Literal["stop", "length", "tool_calls"]
 

@@ -22,7 +22,7 @@ import msgspec
 
 from leyden.errors import ConfigurationError
 from leyden.extras import extra
-from leyden_plugins.engines.transformers.text import Codec
+from leyden_plugins.chat.text import Codec
 
 with extra("train"):
     from jinja2 import TemplateError
