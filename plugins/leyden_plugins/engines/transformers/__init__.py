@@ -15,9 +15,10 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from leyden.errors import ConfigurationError, ContextLengthError, EngineError
-from leyden.interfaces import Generation, GenerationRequest, SamplingParameters, Weights
+from leyden.errors import ConfigurationError, EngineError
+from leyden.interfaces import Generation, GenerationRequest, Weights
 from leyden.roles import RESERVED_MODEL, Policy
+from leyden_plugins.chat.prompts import check_sampling, check_tokens, room_for
 
 if TYPE_CHECKING:
     from leyden_plugins.engines.transformers.backend import Backend
@@ -165,18 +166,13 @@ class TransformersEngine:
             raise ConfigurationError(f"model {request.model!r} is not served; these are: {self.models()!r}")
         check_sampling(request.sampling)
         prompt = self.prompt(request)
-        if len(prompt) >= backend.context_length:
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)!r} tokens and the context {backend.context_length!r}: "
-                "no room for an answer; shorten the prompt"
-            )
+        room = room_for(prompt, backend.context_length)
         version, served = self._served[request.model]
         sampling, forced = request.sampling, request.forced_token_ids
-        room = backend.context_length - len(prompt)
         if forced is not None:
             if not forced:
                 raise ConfigurationError("forced_token_ids is empty; an answer needs at least one token")
-            check_tokens("forced", forced, backend.vocabulary)
+            check_tokens("forced", forced, backend.prompts.vocabulary)
             room = min(room, len(forced))
         stream, call = backend.open_call(
             served,
@@ -196,18 +192,7 @@ class TransformersEngine:
             ConfigurationError: the prompt is empty, or cannot be written in this model's tokens.
             EngineError: the engine is not running.
         """
-        backend = self._started()
-        if request.prompt_token_ids is not None:
-            prompt = tuple(request.prompt_token_ids)
-            check_tokens("prompt", prompt, backend.vocabulary)
-        elif request.prompt_text is not None:
-            prompt = tuple(backend.chat.codec.encode(request.prompt_text, add_special_tokens=True))
-        else:
-            tools = () if request.tool_choice == "none" else request.tools
-            prompt = backend.chat.prompt(request.messages, tools)
-        if not prompt:
-            raise ConfigurationError("the prompt is empty; it needs at least one token")
-        return prompt
+        return self._started().prompts.prompt(request)
 
     def continuation(
         self, request: GenerationRequest, answered: int, answer_ids: Sequence[int]
@@ -219,9 +204,7 @@ class TransformersEngine:
         Raises:
             EngineError: the engine is not running.
         """
-        backend = self._started()
-        tools = () if request.tool_choice == "none" else request.tools
-        return backend.chat.continuation(request.messages, answered, answer_ids, tools=tools, ends=backend.eos)
+        return self._started().prompts.continuation(request, answered, answer_ids)
 
     async def publish(self, policy: str, version: int, weights: Weights) -> None:
         """Serve a copy of `weights` for requests that begin after this returns; running ones keep theirs.
@@ -260,8 +243,7 @@ class TransformersEngine:
         Raises:
             EngineError: the engine is not started.
         """
-        codec = self._started().chat.codec
-        return codec.decode(token_ids, codec.special)
+        return self._started().prompts.decode(token_ids)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of `text`; where it spells a special token, that one.
@@ -269,7 +251,7 @@ class TransformersEngine:
         Raises:
             EngineError: the engine is not started.
         """
-        return self._started().chat.codec.encode(text)
+        return self._started().prompts.encode(text)
 
     async def stop(self) -> None:
         """Free everything; requests in flight end with `EngineError`. Idempotent."""
@@ -283,34 +265,3 @@ class TransformersEngine:
         if self._backend is None:
             raise EngineError("the engine is not running; await engine.start([...]) first")
         return self._backend
-
-
-def check_tokens(name: str, token_ids: Sequence[int], vocabulary: int) -> None:
-    """Refuse tokens that the model does not have.
-
-    Raises:
-        ConfigurationError: names the first of them.
-    """
-    wrong = next((token for token in token_ids if not 0 <= token < vocabulary), None)
-    if wrong is not None:
-        raise ConfigurationError(f"{name} token {wrong!r} is outside 0 to {vocabulary - 1}")
-
-
-def check_sampling(sampling: SamplingParameters) -> None:
-    """Refuse values that no distribution has.
-
-    Raises:
-        ConfigurationError: names the parameter.
-    """
-    bounds = (
-        ("temperature", sampling.temperature >= 0, "at least 0"),
-        ("top_p", 0 < sampling.top_p <= 1, "in (0, 1]"),
-        ("top_k", sampling.top_k >= 0, "0 (off) or more"),
-        ("min_p", 0 <= sampling.min_p <= 1, "in [0, 1]"),
-        ("n", sampling.n >= 1, "at least 1"),
-        ("max_tokens", sampling.max_tokens is None or sampling.max_tokens >= 1, "at least 1"),
-        ("stop", all(sampling.stop), "strings that are not empty"),
-    )
-    for name, is_right, expected in bounds:
-        if not is_right:
-            raise ConfigurationError(f"{name} must be {expected}, got {getattr(sampling, name)!r}")

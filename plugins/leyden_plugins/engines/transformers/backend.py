@@ -12,6 +12,7 @@ from weakref import ref
 
 from leyden.errors import ConfigurationError
 from leyden.interfaces import GenerationRequest, Weights
+from leyden_plugins.chat.prompts import Prompts
 from leyden_plugins.chat.templates import Chat
 from leyden_plugins.chat.text import Codec, TextStream
 from leyden_plugins.engines.transformers.batching import Answer, Batcher, Call
@@ -60,8 +61,12 @@ class Backend:
         self._model = load_model(model, dtype=dtype, device=device)
         tokenizer = load_tokenizer(model)
         self.context_length = limit_of(self._model.config.get_text_config(), context_length, model)
-        self.vocabulary = vocabulary_of(self._model)
-        self.chat = Chat(Codec(tokenizer))
+        chat = Chat(Codec(tokenizer))
+        self.prompts = Prompts(
+            chat=chat,
+            vocabulary=vocabulary_of(self._model),
+            eos=eos_token_ids(self._model, tokenizer) if eos is None else eos,
+        )
         tensors = dict(self._model.named_parameters())
         network = choose_network(self._model, tensors, self.context_length)
         self._solo = row_network(self._model, tensors) if network is None else None
@@ -69,13 +74,12 @@ class Backend:
         self._base: Any = self._network.prepare(tensors)
         self._base_id = 0
         self._cache = PrefixCache(prefix_cache_tokens)
-        self.eos = eos_token_ids(self._model, tokenizer) if eos is None else eos
         self._grammars: Grammars | None = None
         self.batcher = Batcher(
             lane=self._lane,
             cache=self._cache,
-            chat=self.chat,
-            eos=self.eos,
+            chat=chat,
+            eos=self.prompts.eos,
             max_rows=max_rows,
             threads=threads,
         )
@@ -180,17 +184,18 @@ class Backend:
         from leyden_plugins.engines.transformers.constraint import Grammars
 
         if self._grammars is None:
-            self._grammars = Grammars(self.chat.codec, self.vocabulary, self.eos)
-        return self._grammars.constraint(request, self.chat.forms[0])
+            self._grammars = Grammars(self.prompts.chat.codec, self.prompts.vocabulary, self.prompts.eos)
+        return self._grammars.constraint(request, self.prompts.chat.forms[0])
 
     def _text(self, request: GenerationRequest, parses_tools: bool) -> TextStream | None:
         if not request.stream and not request.sampling.stop:
             return None
+        chat = self.prompts.chat
         return TextStream(
-            self.chat.codec,
+            chat.codec,
             stop=request.sampling.stop,
-            holds=[form.opening for form in self.chat.forms] if parses_tools else (),
-            kept=self.chat.shown if parses_tools else frozenset(),
+            holds=[form.opening for form in chat.forms] if parses_tools else (),
+            kept=chat.shown if parses_tools else frozenset(),
         )
 
 
