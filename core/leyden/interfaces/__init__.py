@@ -26,7 +26,7 @@ from leyden.interfaces.execution import (
     RolloutSpec,
 )
 from leyden.interfaces.gateway import Access, Gateway
-from leyden.interfaces.learner import Batch, KLEstimator, Learner, Loss, Objective, ReleasesMemory, Sample
+from leyden.interfaces.learner import Announces, Batch, KLEstimator, Learner, Loss, Objective, ReleasesMemory, Sample
 from leyden.interfaces.sink import MetricSink
 from leyden.interfaces.store import Outcome, Owner, RolloutRecords, Store
 
@@ -34,6 +34,7 @@ __all__ = [
     "Access",
     "Agent",
     "Algorithm",
+    "Announces",
     "AttemptResult",
     "Batch",
     "ContinuesExactly",

@@ -142,3 +142,12 @@ class ReleasesMemory(Protocol):
     def release_memory(self) -> None:
         """Free what is cached; weights and optimizer stay."""
         ...
+
+
+@runtime_checkable
+class Announces(Protocol):
+    """A learner that has something to tell the user before the first step, such as the memory it will take."""
+
+    def notes(self) -> Sequence[str]:
+        """Return lines; called once it is open."""
+        ...

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from leyden.credit import Credit
 from leyden.errors import ConfigurationError, LeydenError
-from leyden.interfaces import Algorithm, RolloutRecords, Store
+from leyden.interfaces import Algorithm, Announces, RolloutRecords, Store
 from leyden.roles import check_roles
 from leyden.running.agents import describe
 from leyden.spans import FINISHED, Checkpoint, Mode, Rollout
@@ -178,6 +178,9 @@ class Jobs:
                 self._sinks.notice(
                     f"policy {policy.name!r} is trained up to step {policy.freeze_after} and goes on unchanged after it"
                 )
+        if isinstance(parts.learner, Announces):
+            for line in parts.learner.notes():
+                self._sinks.notice(line)
         is_untrained = session.step == 0
         if is_untrained:
             await self._preflight(session, parts)
