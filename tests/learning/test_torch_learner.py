@@ -13,6 +13,7 @@ from leyden.errors import ConfigurationError, LeydenError
 from leyden.interfaces import Batch, Loss, Objective, Sample
 from leyden.roles import Policy
 from leyden_plugins.learners.torch import TorchLearner
+from leyden_plugins.learners.torch.preflight import is_same
 from leyden_plugins.torch_models.loading import load_model
 from tests.learning.builders import POLICY, rich_transitions, sample
 from tests.learning.conftest import write_checkpoint
@@ -269,7 +270,8 @@ def test_samples_without_log_probabilities_are_refused(checkpoint: Path) -> None
         learner.logprobs("sql", [sample([], [2])])
 
 
-def test_a_model_that_caps_its_logits_is_refused_at_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_caps_its_logits_is_refused_at_start(tmp_path: Path, dtype: str) -> None:
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=VOCABULARY,
@@ -284,4 +286,12 @@ def test_a_model_that_caps_its_logits_is_refused_at_start(tmp_path: Path) -> Non
     )
     Gemma2ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match="Gemma2ForCausalLM gives other log-probabilities than its head alone"):
-        opened(tmp_path)
+        opened(tmp_path, dtype=dtype)
+
+
+def test_rounding_in_bfloat16_is_no_difference_and_in_float32_it_is() -> None:
+    ours, own = torch.tensor([-1.0, -2.0, -12.0]), torch.tensor([-1.01, -2.0, -12.125])
+    assert is_same(ours, own, dtype="bfloat16")
+    assert not is_same(ours, own, dtype="float32")
+    assert not is_same(ours, own + 1, dtype="bfloat16")
+    assert not is_same(ours, own * float("nan"), dtype="bfloat16")

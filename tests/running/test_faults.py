@@ -8,8 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from leyden.spans import FINISHED, Completion, Rollout
 from leyden.sqlite import SQLiteStore
 from leyden_plugins.algorithms.rl import GRPO
 from tests.running.small import CountingLearner, SmallEngine, ask, odd_wins, rollout_id, small_trainer
-from tests.running.test_life_cycle import records, run, stored, unpatched
+from tests.running.test_life_cycle import records, run, stored, unpatched, wait_for
 
 __all__ = ["run", "unpatched"]
 ROOT = Path(__file__).parents[2]
@@ -293,13 +291,6 @@ def test_ctrl_c_ends_step_and_checkpoint_and_a_second_one_everything(run, tmp_pa
         checkpoint = stored(run)[2]
         assert checkpoint is not None and f"steps: {checkpoint.step}" in printed
         assert f"leyden resume {run}" in printed.replace("\n", "")
-
-
-def wait_for(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def living_members(group: int) -> list[str]:

@@ -93,8 +93,13 @@ def test_a_group_without_spread_is_noted():
 
 
 def test_an_engine_that_serves_other_weights_is_refused():
-    with pytest.raises(EngineError, match=r"differ from the learner's by up to 0\.2 nats"):
+    with pytest.raises(EngineError, match=r"by 0\.2 nats a token on average and by up to 0\.2"):
         look([rollout(0, 1.0), rollout(1, 0.0)], learner=EchoLearner(shift=0.2))
+
+
+def test_a_small_difference_is_told_with_its_mean_and_its_worst():
+    told = look([rollout(0, 1.0), rollout(1, 0.0)], learner=EchoLearner(shift=0.01))
+    assert "probabilities that differ by 1 % on average, by 1 % at most" in told
 
 
 def test_a_role_that_does_not_exist_is_refused():

@@ -7,7 +7,7 @@ import pytest
 
 from leyden.errors import ConfigurationError
 from leyden.interfaces import Batch, Generation, GenerationRequest, Weights
-from tests.running.small import CountingLearner, Notes, SmallEngine, small_trainer
+from tests.running.small import CountingLearner, SmallEngine, small_trainer
 
 
 class Device:
@@ -123,15 +123,3 @@ def test_every_push_comes_with_the_learners_own_log_probabilities(tmp_path: Path
     with small_trainer(tmp_path / "run", engine=Checking(), learner=Scoring()) as trainer:
         trainer.fit(2)
     assert seen == [(0, [0.0, 0.0]), (1, [-2.0, -3.0]), (2, [-4.0, -6.0])]
-
-
-def test_what_a_learner_plans_of_memory_is_told_before_the_first_step(tmp_path: Path) -> None:
-    class Planning(CountingLearner):
-        def notes(self) -> list[str]:
-            return ["training takes up to 3 GiB"]
-
-    notes = Notes()
-    with small_trainer(tmp_path / "run", learner=Planning(), sinks=[notes]) as trainer:
-        trainer.fit(1)
-    assert notes.lines[0] == "training takes up to 3 GiB"
-    assert notes.steps == [1]

@@ -6,6 +6,7 @@ from leyden_plugins.torch_models.fused_adapters import AdapterStack, FusedAdapte
 from leyden_plugins.torch_models.loading import (
     canonical_tensors,
     digest,
+    end_tokens,
     eos_token_ids,
     hollow,
     load_model,
@@ -25,6 +26,7 @@ __all__ = [
     "RowAdapters",
     "canonical_tensors",
     "digest",
+    "end_tokens",
     "eos_token_ids",
     "hollow",
     "is_adapter",

@@ -19,7 +19,7 @@ with extra("train"):
     import torch
     from safetensors.torch import load_file
     from torch import Tensor
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_utils import PreTrainedModel
     from transformers.tokenization_utils_base import PreTrainedTokenizerBase
     from transformers.utils import logging
@@ -45,17 +45,34 @@ def load_model(model: str | Path, *, dtype: str = "float32", device: str = "cpu"
         ConfigurationError: there is no such model, or it is not a causal language model.
     """
     kind = torch_dtype(dtype)
+    with _explained(model), quiet():
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(model), dtype=kind)
+    torch.nn.Module.to(loaded, torch.device(device))
+    torch.nn.Module.eval(loaded)
+    return loaded
+
+
+def outline(model: str | Path) -> PreTrainedModel:
+    """Return a model whose tensors have names and shapes but no values: what its configuration alone says.
+
+    Raises:
+        ConfigurationError: as `load_model`.
+    """
+    with _explained(model), torch.device("meta"):
+        config = AutoConfig.from_pretrained(str(model))
+        found: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # upstream
+    return found
+
+
+@contextmanager
+def _explained(model: str | Path) -> Iterator[None]:
     try:
-        with quiet():
-            loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(model), dtype=kind)
+        yield
     except (OSError, ValueError) as error:
         raise ConfigurationError(
             f"cannot load {str(model)!r} as a causal language model: {error}. "
             "Give a folder with config.json and *.safetensors, or a Hugging Face model name"
         ) from error
-    torch.nn.Module.to(loaded, torch.device(device))
-    torch.nn.Module.eval(loaded)
-    return loaded
 
 
 @contextmanager
@@ -90,8 +107,13 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return every token that ends an answer: of the generation config, the config and the tokenizer."""
+    return end_tokens(model.generation_config, model.config.get_text_config(), tokenizer)
+
+
+def end_tokens(*sources: object) -> frozenset[int]:
+    """Return the tokens that any of these calls `eos_token_id`."""
     found: set[int] = set()
-    for source in (model.generation_config, model.config.get_text_config(), tokenizer):
+    for source in sources:
         value = getattr(source, "eos_token_id", None)
         found.update([value] if isinstance(value, int) else value or ())
     return frozenset(found)

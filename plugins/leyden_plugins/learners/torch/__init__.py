@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from leyden.errors import ConfigurationError, LeydenError
 from leyden.extras import extra
@@ -24,14 +24,16 @@ with extra("train"):
     from transformers.modeling_utils import PreTrainedModel
 
     from leyden_plugins.learners.torch import checkpoints
+    from leyden_plugins.learners.torch.advice import Situation, lines_of, refuse_impossible, situation_of
     from leyden_plugins.learners.torch.batching import MicroBatch, attention_of, micro_batches
-    from leyden_plugins.learners.torch.entropies import token_entropies
+    from leyden_plugins.learners.torch.head import answer_scores
     from leyden_plugins.learners.torch.losses import Statistics, Tokens, check_inputs, loss_function
     from leyden_plugins.learners.torch.preflight import attends_fully, check_logits
+    from leyden_plugins.learners.torch.recomputing import recompute_layers
     from leyden_plugins.learners.torch.trainee import FullTrainee, Trainee
     from leyden_plugins.learners.torch.value_head import predicted_values
     from leyden_plugins.torch_models.loading import load_model
-    from leyden_plugins.torch_models.logprobs import hidden_at, logits_of, token_logprobs
+    from leyden_plugins.torch_models.logprobs import hidden_at
 
 if TYPE_CHECKING:
     from leyden_plugins.learners.torch.lora import SharedBase
@@ -44,12 +46,16 @@ class TorchLearner:
 
     Args:
         device: a torch device, `cpu` or `cuda`.
-        dtype: of weights, gradients and optimizer state, `float32` or `bfloat16`; adapters and value heads are
-            float32 always.
+        dtype: models compute in it, `float32` or `bfloat16`. Gradients add up in float32 and AdamW steps float32
+            weights either way. A trained value takes 16 bytes in float32 (weight, gradient, two moments) and 18 in
+            bfloat16, whose rounded copy is refreshed after each step; activations take about half. Autocast would
+            take as much, convert every weight in every pass, and not compute what an engine in bfloat16 does.
         micro_batch_tokens: positions computed at once, padding included.
         threads: torch's threads in this process; `None` leaves them as they are.
         layout: how samples lie in rows, see `batching.Layout`. Rows of several paths need a model whose layers all
             attend fully; for another one `auto` means `merged`.
+        activation_checkpointing: keep only the input of each layer and compute its inside again going backward: far
+            less memory for about a third more time. `auto`: on a GPU, if the plan does not fit without.
 
     Raises:
         ConfigurationError: a value that torch on this machine cannot honour.
@@ -63,6 +69,7 @@ class TorchLearner:
         micro_batch_tokens: int = 8192,
         threads: int | None = 1,
         layout: Layout = "auto",
+        activation_checkpointing: bool | Literal["auto"] = "auto",
     ) -> None:
         if micro_batch_tokens < 1 or (threads is not None and threads < 1):
             raise ConfigurationError(
@@ -79,27 +86,36 @@ class TorchLearner:
         self.micro_batch_tokens = micro_batch_tokens
         self.threads = threads
         self.layout: Layout = layout
+        if activation_checkpointing not in (True, False, "auto"):
+            raise ConfigurationError(
+                f"activation_checkpointing={activation_checkpointing!r} is unknown; use True, False or 'auto'"
+            )
+        self.activation_checkpointing: bool | Literal["auto"] = activation_checkpointing
         self._trainees: dict[str, Trainee] = {}
         self._source = ""
         self._shared: SharedBase | None = None
         """Under all policies with an adapter."""
         self._reference: PreTrainedModel | None = None
         """A frozen copy of the base weights, loaded when a run without adapters first asks for them."""
+        self._situation: Situation | None = None
+        """What memory there was when this was opened, and what was planned."""
 
     def open(self, policies: Sequence[Policy], model: str, *, seed: int) -> None:
         """Load the base weights: once for all policies with an adapter, and once for each without.
 
         Raises:
-            ConfigurationError: the model cannot be loaded, its output is more than its head's, or a policy's adapter
-                targets layers that it does not have.
+            ConfigurationError: the model cannot be loaded, its output is more than its head's, a policy's adapter
+                targets layers that it does not have, or the device cannot hold what is trained.
         """
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         torch.manual_seed(seed)
         self._source = model
-        for policy in policies:
-            if policy.trainable:
-                self._trainees[policy.name] = self._new_trainee(policy, seed)
+        trained = [policy for policy in policies if policy.trainable]
+        self._situation = situation_of(self, model, trained)
+        refuse_impossible(self._situation)
+        for policy in trained:
+            self._trainees[policy.name] = self._new_trainee(policy, seed)
         adapted = [trainee for trainee in self._trainees.values() if trainee.policy.lora is not None]
         for trainee in self._trainees.values():
             if trainee.policy.lora is None or trainee is adapted[0]:  # the others have the same layers
@@ -138,9 +154,8 @@ class TorchLearner:
         found: list[list[float]] = [[] for _ in samples]
         for part in self._micro_batches(trainee, samples):
             with self._speaking(trainee, reference=reference) as model:
-                logits_N_V = logits_of(model, _hidden(model, part))
-                logprobs_N = token_logprobs(logits_N_V, part.token_ids_N, part.temperature_N)
-            _scatter(found, part, logprobs_N)
+                scores = answer_scores(model, _hidden(model, part), part.token_ids_N, part.temperature_N)
+            _scatter(found, part, scores.logprobs)
         return found
 
     @torch.no_grad()
@@ -173,8 +188,7 @@ class TorchLearner:
                 "the step before. Resume from the last checkpoint with a lower learning_rate"
             )
         trainee.set_learning_rate(learning_rate)
-        trainee.optimizer.step()
-        trainee.optimizer.zero_grad()
+        trainee.step()
         return {"gradient_norm": norm, "learning_rate": learning_rate}
 
     def weights(self, policy: str) -> Weights:
@@ -197,24 +211,41 @@ class TorchLearner:
         """
         checkpoints.load(folder, self._trainees, device=self.device)
 
+    def notes(self) -> list[str]:
+        """Return what was planned of memory when this was opened, and what to change if it may not fit."""
+        return [] if self._situation is None or not self._situation.policies else lines_of(self._situation)
+
+    def release_memory(self) -> None:
+        """Give the GPU memory that torch keeps for later back to the device; weights and optimizer stay."""
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+
     def close(self) -> None:
         """Free the models and optimizers."""
         self._trainees.clear()
         self._shared = self._reference = None
+        self.release_memory()
 
     def _new_trainee(self, policy: Policy, seed: int) -> Trainee:
         if policy.lora is None:
-            model = self._load()
-            return FullTrainee(policy, model, source=self._source, layout=self._layout_of(model))
+            model = self._load_trained()
+            exact = {} if self.dtype == "float32" else dict(load_model(self._source).named_parameters())
+            return FullTrainee(policy, model, exact=exact, source=self._source, layout=self._layout_of(model))
         from leyden_plugins.learners.torch.lora import SharedBase  # PEFT is slow to import
 
         if self._shared is None:
-            model = self._load()
-            self._shared = SharedBase(model, self._source)
+            self._shared = SharedBase(self._load_trained(), self._source)
         return self._shared.add(policy, policy.lora, seed=seed, layout=self._layout_of(self._shared.model))
 
     def _load(self) -> PreTrainedModel:
         return load_model(self._source, dtype=self.dtype, device=self.device)
+
+    def _load_trained(self) -> PreTrainedModel:
+        """Return a model that gradients pass through."""
+        model = self._load()
+        if self._situation is not None and self._situation.recompute:
+            recompute_layers(model)
+        return model
 
     def _layout_of(self, model: PreTrainedModel) -> Layout:
         """Return what the model allows.
@@ -264,16 +295,22 @@ class TorchLearner:
     def _tokens(self, trainee: Trainee, part: MicroBatch, loss: Loss) -> Tokens:
         """Compute what `loss` needs of a micro-batch."""
         hidden_N_H = _hidden(trainee.model, part)
-        logits_N_V = logits_of(trainee.model, hidden_N_H)
+        scores = answer_scores(
+            trainee.model,
+            hidden_N_H,
+            part.token_ids_N,
+            part.temperature_N,
+            entropies=bool(loss.entropy_coefficient),
+        )
         return Tokens(
-            logprobs=token_logprobs(logits_N_V, part.token_ids_N, part.temperature_N),
+            logprobs=scores.logprobs,
             sampled_logprobs=part.sampled_logprobs_N,
             old_logprobs=part.old_logprobs_N,
             advantages=part.advantages_N,
             weights=part.weights_N,
             samples=part.sample_N,
             reference_logprobs=part.reference_logprobs_N,
-            entropies=token_entropies(logits_N_V, part.temperature_N) if loss.entropy_coefficient else None,
+            entropies=scores.entropies,
             values=predicted_values(trainee.value_head(), hidden_N_H) if loss.value_coefficient else None,
             old_values=part.values_N,
             returns=part.returns_N,

@@ -1,4 +1,4 @@
-"""Checkpoints of a learner: per policy its weights, value head and optimizer, and torch's random state."""
+"""Checkpoints of a learner: per policy its weights in float32, value head and optimizer, and torch's random state."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def save(folder: Path, trainees: Mapping[str, Trainee], *, device: str) -> None:
     """Write one folder a policy, and the random state."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, trainee in trainees.items():
-        trainee.write(folder / name)
+        trainee.write(folder / name, exact=True)
         torch.save(trainee.optimizer.state_dict(), folder / name / OPTIMIZER_FILE)
         if trainee.head is not None:
             torch.save(trainee.head.state_dict(), folder / name / VALUE_HEAD_FILE)
@@ -42,10 +42,7 @@ def load(folder: Path, trainees: Mapping[str, Trainee], *, device: str) -> None:
             f"{sorted(trainees)!r}; resume with the policies the run began with"
         )
     for name, trainee in trainees.items():
-        tensors = trainee.read(folder / name)
-        with torch.no_grad():
-            for key, parameter in trainee.parameters.items():
-                parameter.copy_(tensors[key])
+        trainee.assign(trainee.read(folder / name))
         trainee.forget()
         if (folder / name / VALUE_HEAD_FILE).is_file():
             head = trainee.value_head()

@@ -1,6 +1,8 @@
 """Low-rank adapters with PEFT: every policy with one trains on a single copy of the base weights.
 
-One idea: the base is frozen and loaded once; a policy is the factors A and B of its own adapter, in float32.
+One idea: the base is frozen and loaded once; a policy is the factors A and B of its own adapter. They are kept and
+published in float32, and computed with in the base's type: otherwise PEFT would keep a float32 copy of every layer's
+input, which is more than all other activations together.
 One trap: PEFT's layers compute with whichever adapter was made active last, so run a policy only inside `speaking`.
 """
 
@@ -15,6 +17,7 @@ from typing import cast
 
 from leyden.errors import ConfigurationError
 from leyden.extras import extra
+from leyden.interfaces import Weights
 from leyden.layouts import Layout
 from leyden.roles import LoRA, Policy
 
@@ -109,13 +112,15 @@ class LoRATrainee(Trainee):
         self._base = base
         self._adapter = adapter
         self._config = config
-        parameters: dict[str, nn.Parameter] = {}
-        for name, parameter in base.model.named_parameters():
-            if f".{adapter}." in name:
-                # Factors have few values, and their updates are small: bfloat16 would round many of them away.
-                parameter.data = parameter.data.float()
-                parameters[PREFIX + name.replace(f".{adapter}.", ".")] = parameter
-        super().__init__(policy, base.model, parameters=parameters, layout=layout)
+        computed = {
+            PREFIX + name.replace(f".{adapter}.", "."): parameter
+            for name, parameter in base.model.named_parameters()
+            if f".{adapter}." in name
+        }
+        exact = {name: parameter.detach().float() for name, parameter in computed.items()}
+        for parameter in computed.values():
+            parameter.data = parameter.data.to(base.model.dtype)
+        super().__init__(policy, base.model, computed=computed, exact=exact, layout=layout)
 
     def speaking(self) -> AbstractContextManager[object]:
         return self._base.speaking_as(self._adapter)
@@ -123,7 +128,7 @@ class LoRATrainee(Trainee):
     @contextmanager
     def nudged(self) -> Iterator[None]:
         """Make B other than 0 inside the block, so that a new adapter is felt."""
-        factors = [parameter for name, parameter in self.parameters.items() if ".lora_B." in name]
+        factors = [parameter for name, parameter in self.computed.items() if ".lora_B." in name]
         before = [one.detach().clone() for one in factors]
         with torch.no_grad():
             for one in factors:
@@ -134,8 +139,13 @@ class LoRATrainee(Trainee):
                 for one, old in zip(factors, before, strict=True):
                     one.copy_(old)
 
-    def write(self, folder: Path) -> None:
-        """Write a folder in PEFT's format."""
+    def weights(self) -> Weights:
+        """Return the factors in float32; they are few, and an engine may multiply them before it rounds."""
+        tensors = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        return Weights(tensors=tensors, lora=self.policy.lora)
+
+    def write(self, folder: Path, *, exact: bool = False) -> None:
+        """Write a folder in PEFT's format, in float32 always."""
         self._config.save_pretrained(str(folder))
         tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self.parameters.items()}
         save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})

@@ -51,9 +51,8 @@ def check_logits(learner: TorchLearner, trainee: Trainee) -> None:
         is_felt = trainee.policy.lora is None or bool(
             (ours != _flat(learner.logprobs(name, samples, reference=True))).any()
         )
-    tolerance = 1e-3 if learner.dtype == "float32" else 5e-2
     kind = type(trainee.model).__name__
-    if not torch.allclose(ours, own, atol=tolerance):
+    if not is_same(ours, own, dtype=learner.dtype):
         raise ConfigurationError(
             f"{kind} gives other log-probabilities than its head alone, by up to "
             f"{float((ours - own).abs().max()):.3g}; this learner cannot train it"
@@ -63,6 +62,16 @@ def check_logits(learner: TorchLearner, trainee: Trainee) -> None:
         raise ConfigurationError(
             f"the adapter of policy {name!r} does not change what {kind} says; train full weights with lora=None"
         )
+
+
+def is_same(ours: Tensor, own: Tensor, *, dtype: str) -> bool:
+    """Say whether two computations of one model agree.
+
+    Two of one value in bfloat16 differ by a step of its logits or so, 0.125 for those between 16 and 32; what is
+    computed wrongly differs by whole nats.
+    """
+    distances = (ours - own).abs()
+    return bool(distances.max() <= 1e-3 if dtype == "float32" else distances.mean() <= 0.25)
 
 
 @contextmanager

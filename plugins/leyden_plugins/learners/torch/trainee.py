@@ -19,6 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from leyden.interfaces import Weights
 from leyden.layouts import Layout
 from leyden.roles import Policy
+from leyden_plugins.learners.torch.masters import masters_of, refresh
 from leyden_plugins.learners.torch.value_head import LEARNING_RATE_FACTOR, new_value_head
 from leyden_plugins.torch_models.loading import canonical_tensors, load_tokenizer, quiet, read_tensors
 
@@ -28,21 +29,30 @@ class Trainee(ABC):
 
     Args:
         policy: whose weights these are.
-        model: what computes; `parameters` are its own or a part of them.
-        parameters: what is trained, under the names in which it is published.
+        model: what computes.
+        computed: what is trained of it, under the names in which it is published.
+        exact: the same weights before they were rounded; needed where `computed` is not float32.
         layout: of its micro-batches.
     """
 
     def __init__(
-        self, policy: Policy, model: PreTrainedModel, *, parameters: Mapping[str, nn.Parameter], layout: Layout
+        self,
+        policy: Policy,
+        model: PreTrainedModel,
+        *,
+        computed: Mapping[str, nn.Parameter],
+        exact: Mapping[str, Tensor],
+        layout: Layout,
     ) -> None:
         self.policy = policy
         self.model = model
-        self.parameters = parameters
+        self.computed = computed
+        self.parameters: Mapping[str, nn.Parameter] = masters_of(computed, exact)
+        """What the optimizer steps, in float32: `computed` itself or, where that is rounded, what stands behind it."""
         self.layout = layout
         self.head: nn.Linear | None = None
         """Made by `value_head` when it is first asked for."""
-        self.optimizer = _optimizer(policy, list(parameters.values()))
+        self.optimizer = _optimizer(policy, list(self.parameters.values()))
 
     @abstractmethod
     def speaking(self) -> AbstractContextManager[object]:
@@ -53,8 +63,12 @@ class Trainee(ABC):
         return nullcontext()
 
     @abstractmethod
-    def write(self, folder: Path) -> None:
-        """Write the policy, without head and optimizer."""
+    def weights(self) -> Weights:
+        """Return the live tensors; the caller copies what it keeps."""
+
+    @abstractmethod
+    def write(self, folder: Path, *, exact: bool = False) -> None:
+        """Write the policy, without head and optimizer: what is published or, `exact`, the float32 behind it."""
 
     @abstractmethod
     def read(self, folder: Path) -> Mapping[str, Tensor]:
@@ -64,11 +78,18 @@ class Trainee(ABC):
             ConfigurationError: it is another policy's: names, shapes or settings differ.
         """
 
-    def weights(self) -> Weights:
-        """Return the live tensors; the caller copies what it keeps."""
-        return Weights(
-            tensors={name: parameter.detach() for name, parameter in self.parameters.items()}, lora=self.policy.lora
-        )
+    def assign(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take these weights in place of its own."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[name])
+        refresh(self.computed, self.parameters)
+
+    def step(self) -> None:
+        """Step the optimizer, clear the gradient, and compute with the result from now on."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        refresh(self.computed, self.parameters)
 
     def trained(self) -> Iterator[nn.Parameter]:
         """Yield everything the optimizer steps."""
@@ -100,17 +121,24 @@ class Trainee(ABC):
 class FullTrainee(Trainee):
     """A policy that trains a full copy of the weights."""
 
-    def __init__(self, policy: Policy, model: PreTrainedModel, *, source: str, layout: Layout) -> None:
-        super().__init__(policy, model, parameters=dict(model.named_parameters()), layout=layout)
+    def __init__(
+        self, policy: Policy, model: PreTrainedModel, *, exact: Mapping[str, Tensor], source: str, layout: Layout
+    ) -> None:
+        super().__init__(policy, model, computed=dict(model.named_parameters()), exact=exact, layout=layout)
         self._source = source
 
     def speaking(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def write(self, folder: Path) -> None:
+    def weights(self) -> Weights:
+        """Return what the model computes with: it is that which an engine must sample from."""
+        return Weights(tensors={name: parameter.detach() for name, parameter in self.computed.items()})
+
+    def write(self, folder: Path, *, exact: bool = False) -> None:
         """Write a Hugging Face folder: weights, config, tokenizer."""
+        tensors = {name: one.detach() for name, one in self.parameters.items()} if exact else None
         with quiet():
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=tensors)
         load_tokenizer(self._source).save_pretrained(folder)
 
     def read(self, folder: Path) -> Mapping[str, Tensor]:
