@@ -4,7 +4,7 @@ VENV := .venv/bin
 BOOT := $(or $(PYTHON),python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench bench-learning compatibility clean
+.PHONY: help setup demo test test-vllm vllm-environment lint bench bench-learning compatibility clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -17,6 +17,12 @@ demo: setup ## train a small text-to-SQL agent on this machine (STEPS=n for a sh
 
 test: ## run everything: environment, lint and types, unit tests, integration tests
 	@$(BOOT) scripts/stages.py test
+
+vllm-environment: setup ## make an environment with vLLM for the CPU in build/environments (half a gigabyte to fetch)
+	@$(VENV)/python scripts/environments.py --vllm
+
+test-vllm: vllm-environment ## run every test with real vLLM servers and print what was compared
+	@$(VENV)/python -m pytest integration_tests/vllm
 
 lint: setup ## check style and types
 	@$(VENV)/ruff check .

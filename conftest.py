@@ -4,6 +4,7 @@ A test that is skipped in silence protects nothing. Skips that are meant stand i
 with their reason; any other is reported as failed, so that pytest's closing line and exit status are true.
 """
 
+import os
 import signal
 import tomllib
 from collections.abc import Generator
@@ -39,6 +40,11 @@ def is_expected(skips: list[ExpectedSkip], *, nodeid: str, message: str) -> bool
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Two threads that wait for each other on a busy machine take four times the time; models here are tiny.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # What starts a worker imports readline, which exports the width of a terminal that is none.
+        os.environ.pop("COLUMNS", None)
     config.stash[SKIPS] = read_expected_skips(EXPECTED_SKIPS)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # Started in the background by a shell: tests of Ctrl-C, and the processes they start, would never see one.

@@ -2,9 +2,11 @@
 
     python scripts/environments.py langchain       # Leyden with some of its extras alone; prints the interpreter
     python scripts/environments.py --lanes         # every lane of the framework tests
+    python scripts/environments.py --vllm          # a vLLM server for the CPU; prints the interpreter
 
 An environment of extras shows what `pip install leyden[...]` brings. A lane holds exactly what its lock file pins:
-many frameworks at once, in versions that were resolved together.
+many frameworks at once, in versions that were resolved together. The vLLM server's holds no Leyden: engines start it
+as a program.
 
 They lie in `build/environments/` under a hash of all that decides what they hold, so a second call is free. Leyden
 itself is installed in place: its sources may change without an environment being made anew, and for a lane, which
@@ -24,11 +26,21 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from scripts.setup import Interpreter, Progress, Run, ensure_venv, pip_install  # noqa: E402 - after the path
+from scripts.setup import (  # noqa: E402 - after the path
+    Interpreter,
+    Progress,
+    Run,
+    SetupError,
+    ensure_venv,
+    pip_install,
+    torch_pin,
+)
 
 STAMP = "leyden-environment.stamp"
 LOCKS = "integration_tests/frameworks/environments"
 """Folder of the lock files; the `.in` beside each says what was asked for."""
+
+VLLM_LOCK = "integration_tests/vllm/environment/vllm.txt"
 
 DIGEST_LENGTH = 12
 
@@ -60,6 +72,19 @@ def lanes(root: Path = ROOT) -> list[str]:
     return sorted(lock.stem for lock in (root / LOCKS).glob("*.txt"))
 
 
+def vllm(*, root: Path = ROOT, run: Run | None = None) -> Path:
+    """Return the interpreter of the environment with vLLM for the CPU, made where it is missing.
+
+    Raises:
+        SetupError: it cannot be made, or there is no such vLLM for this system; the message says why.
+    """
+    if not sys.platform.startswith("linux"):
+        raise SetupError(f"the tests' vLLM server is built for Linux only, and this is {sys.platform!r}")
+    # torch goes first and alone: pip finds its CPU build only where nothing else is asked for beside it.
+    installs = [["--no-deps", f"{torch_pin(root)}+cpu"], ["--no-deps", "-r", str(root / VLLM_LOCK)]]
+    return make(vllm_folder(root), "vLLM for the CPU (half a gigabyte to fetch)", installs, run=run)
+
+
 def environment_folder(extras: Sequence[str], root: Path) -> Path:
     """Return where an environment of extras belongs."""
     contents = [(root / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
@@ -71,6 +96,11 @@ def lane_folder(name: str, root: Path) -> Path:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     installed = repr([project.get(key) for key in ("entry-points", "scripts")])
     return folder_for(name, root, [(root / LOCKS / f"{name}.txt").read_bytes(), installed.encode()])
+
+
+def vllm_folder(root: Path) -> Path:
+    """Return where the environment with vLLM belongs."""
+    return folder_for("vllm", root, [(root / VLLM_LOCK).read_bytes(), torch_pin(root).encode()])
 
 
 def folder_for(name: str, root: Path, contents: Iterable[bytes]) -> Path:
@@ -110,5 +140,7 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["--lanes"]:
         for each in lanes():
             print(lane(each))
+    elif sys.argv[1:] == ["--vllm"]:
+        print(vllm())
     else:
         print(environment(sys.argv[1:]))

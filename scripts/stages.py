@@ -25,12 +25,20 @@ LIMIT_MINUTES = 30.0
 ENVIRONMENTS = "environments"
 PYTHON = ".venv/bin/python"
 PYTEST = (PYTHON, "-m", "pytest")
+TWO_AT_ONCE = ("-n", "2", "--dist")
+"""Tests wait for one another, for disks and for timeouts: two of them keep two cores busy."""
+
+VLLM_TESTS = "integration_tests/vllm"
+"""Their smoke test has a stage of its own; `make test-vllm` runs them all."""
+
 TEST_STAGES: dict[str, tuple[str, ...]] = {
     ENVIRONMENTS: (sys.executable, "scripts/setup.py"),
     "framework environments": (PYTHON, "scripts/environments.py", "--lanes"),
+    "vLLM environment": (PYTHON, "scripts/environments.py", "--vllm"),
     "lint and types": ("make", "lint"),
-    "unit": (*PYTEST, "tests"),
-    "frameworks and integration": (*PYTEST, "integration_tests"),
+    "unit": (*PYTEST, "tests", *TWO_AT_ONCE, "worksteal"),
+    "vLLM": (*PYTEST, f"{VLLM_TESTS}/test_smoke.py"),
+    "frameworks and integration": (*PYTEST, "integration_tests", f"--ignore={VLLM_TESTS}", *TWO_AT_ONCE, "loadfile"),
 }
 CLOSING_LINE = re.compile(r"=+ .*\b(passed|failed|errors?|skipped|no tests ran)\b.* in [\d.]+s.* =+")
 

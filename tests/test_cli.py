@@ -116,7 +116,7 @@ def test_without_a_command_the_help_is_shown(capsys: Captured) -> None:
     [
         (["rollouts", "--limit", "0"], "must be a whole number of at least 1, got '0'"),
         (["serve", "x", "--port", "99999"], "must be a whole number from 0 to 65535, got '99999'"),
-        (["serve", "x/policies/sql", "--engine", "vlm"], "no engine is named 'vlm'. Known: transformers"),
+        (["serve", "x/policies/sql", "--engine", "vlm"], "no engine is named 'vlm'; did you mean 'vllm'?"),
     ],
 )
 def test_a_wrong_value_is_refused_in_words(arguments: list[str], complaint: str, run: Path, capsys: Captured) -> None:
@@ -131,7 +131,8 @@ def test_a_wrong_value_is_refused_in_words(arguments: list[str], complaint: str,
 # ---- looking
 
 
-def test_rollouts_are_a_table(run: Path, capsys: Captured) -> None:
+def test_rollouts_are_a_table(run: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     assert main(["rollouts", str(run), "--mode", "evaluate", "--step", "0"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["rollout", "mode", "step", "state", "reward", "calls", "task"]

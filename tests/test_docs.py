@@ -65,8 +65,8 @@ def test_commands_exist(page: Path) -> None:
 
 @page
 def test_make_targets_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = re.findall(r"^(?:\$ )?make ([a-z]+)", "\n".join(words_in_code(page.read_text())), re.MULTILINE)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"^(?:\$ )?make ([a-z-]+)", "\n".join(words_in_code(page.read_text())), re.MULTILINE)
     assert [name for name in named if name not in targets] == []
 
 

@@ -59,6 +59,14 @@ def test_stages_of_several_commands_make_one_record(tmp_path: Path) -> None:
     assert [s.name for s in stages.read_record(record)] == ["unit", "demo"]
 
 
+def test_no_test_with_a_vllm_server_runs_twice() -> None:
+    smoke, others = stages.TEST_STAGES["vLLM"], stages.TEST_STAGES["frameworks and integration"]
+    assert (ROOT / smoke[-1]).is_file()
+    assert smoke[-1].startswith(stages.VLLM_TESTS)
+    assert f"--ignore={stages.VLLM_TESTS}" in others
+    assert list(stages.TEST_STAGES).index("vLLM environment") < list(stages.TEST_STAGES).index("vLLM")
+
+
 SKIPS = """
 import pytest
 
@@ -84,7 +92,7 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run_pytest(project: Path, source: str) -> str:
+def run_pytest(project: Path, source: str, *options: str) -> str:
     (project / "tests" / "test_it.py").write_text(source)
     command = [
         sys.executable,
@@ -97,12 +105,14 @@ def run_pytest(project: Path, source: str) -> str:
         "--rootdir",
         str(project),
         str(project),
+        *options,
     ]
     return subprocess.run(command, capture_output=True, text=True, cwd=project).stdout
 
 
-def test_an_unexpected_skip_is_a_failure_and_an_expected_one_is_not(project: Path) -> None:
-    output = run_pytest(project, SKIPS)
+@pytest.mark.parametrize("options", [(), ("-n", "1")], ids=["here", "in a worker"])
+def test_an_unexpected_skip_is_a_failure_and_an_expected_one_is_not(project: Path, options: tuple[str, ...]) -> None:
+    output = run_pytest(project, SKIPS, *options)
     assert "1 passed, 1 skipped, 1 xfailed, 1 error" in output
     assert "unexpected skip of tests/test_it.py::test_unexpected" in output
     assert "nobody wrote this down" in output

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast
+
+from examples.two_policies.make_model import Row, make_network, teach, write
 
 LETTERS = "abcd"
 ITEMS = 24
 LENGTH = 8
 PAD, END, ITEM, ANSWER = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
+BATCH = 64
 RIGHT = 0.5
 """Share of the demonstrations that are right; the others have the code of another item."""
 
@@ -79,44 +82,14 @@ def make_model(folder: Path, *, steps: int = 500, seed: int = 0) -> Path:
     rng = random.Random(f"demonstrations-{seed}")
     tokenizer = make_tokenizer()
     known = codes()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    model = Qwen3ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
     vocabulary = tokenizer.get_vocab()
-    for step in range(steps):
-        rows = []
-        for _ in range(64):
-            item = rng.choice(list(known))
-            code = known[item] if rng.random() < RIGHT else known[rng.choice(list(known))]
-            prompt = [vocabulary[ITEM], vocabulary[item], vocabulary[ANSWER]]
-            rows.append((prompt, [*cut(code, tokenizer, rng), vocabulary[END]]))
-        width = max(len(prompt) + len(answer) for prompt, answer in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        labels = torch.full_like(ids, -100)
-        for number, (prompt, answer) in enumerate(rows):
-            ids[number, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
-            labels[number, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)
-        loss = model(ids, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    partial = folder.with_name(folder.name + ".partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(folder)
-    return folder
+
+    def demonstration() -> Row:
+        item = rng.choice(list(known))
+        code = known[item] if rng.random() < RIGHT else known[rng.choice(list(known))]
+        prompt = [vocabulary[ITEM], vocabulary[item], vocabulary[ANSWER]]
+        return prompt, [*cut(code, tokenizer, rng), vocabulary[END]]
+
+    model = make_network(tokenizer)
+    teach(model, lambda: [demonstration() for _ in range(BATCH)], steps=steps)
+    return write(folder, model, tokenizer)

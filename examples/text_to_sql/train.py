@@ -4,6 +4,7 @@
 points: here to the untrained base model, which the same engine serves as an ordinary endpoint.
 
     python -m examples.text_to_sql.train --steps 20
+    python -m examples.text_to_sql.train --engine vllm    # sample from a vLLM server instead
 """
 
 import argparse
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from leyden.interfaces import Algorithm, Engine
 
 MODEL = Path(__file__).parent / "model"
+VLLM_ENVIRONMENTS = Path(__file__).parents[2] / "build" / "environments"
+"""Where `make vllm-environment` puts one."""
 ROLES = ("writer", "rewriter")
 STEPS = 20
 VALIDATION = 200
@@ -41,17 +44,40 @@ def score(task: dict[str, str], answer: dict[str, str], rollout: object) -> dict
 
 
 @contextmanager
-def serving_engine(seed: int) -> Iterator["Engine"]:
-    """Start the engine and serve the untrained model, for roles in no policy, where the app looks for it."""
+def serving_engine(seed: int, *, vllm_python: Path | None = None) -> Iterator["Engine"]:
+    """Start the engine and serve the untrained model, for roles in no policy, where the app looks for it.
+
+    A vLLM server has one set of weights, which training replaces; then the untrained model has an engine of its own.
+    """
     from leyden_plugins.engines.transformers import TransformersEngine
+    from leyden_plugins.engines.vllm import VLLMEngine
     from leyden_plugins.gateway import serve
 
     print("starting the engine; the untrained model answers for the agent's checker", flush=True)
-    engine = TransformersEngine(MODEL, seed=seed)
-    with serve(engine, names=[CHECKER_MODEL]) as endpoint:
+    untrained = TransformersEngine(MODEL, seed=seed)
+    with serve(untrained, names=[CHECKER_MODEL]) as endpoint:
         os.environ["OPENAI_BASE_URL"] = endpoint.base_url
         os.environ["OPENAI_API_KEY"] = endpoint.api_key
-        yield engine
+        if vllm_python is None:
+            yield untrained
+            return
+        engine = VLLMEngine(MODEL, python=vllm_python, seed=seed)
+        try:
+            yield engine
+        finally:
+            asyncio.run(engine.stop())
+
+
+def find_vllm(given: Path | None) -> Path:
+    """Return the interpreter to start vLLM with: the one given, or that of the project's own environment."""
+    complete = VLLM_ENVIRONMENTS.glob("vllm-*/leyden-environment.stamp")
+    found = [given] if given is not None else [stamp.parent / "bin" / "python" for stamp in complete]
+    if not found:
+        raise SystemExit(
+            "--engine vllm needs an environment with vLLM: `make vllm-environment` makes one for the CPU, and "
+            "--vllm-python PATH names the interpreter of another"
+        )
+    return found[0]
 
 
 def algorithm(seed: int) -> "Algorithm":
@@ -62,10 +88,17 @@ def algorithm(seed: int) -> "Algorithm":
 
 
 def trainer(
-    engine: "Engine", algorithm: "Algorithm", *, seed: int, run: Path | None, roles: Sequence[str] = ROLES
+    engine: "Engine",
+    algorithm: "Algorithm",
+    *,
+    seed: int,
+    run: Path | None,
+    roles: Sequence[str] = ROLES,
+    lora: leyden.LoRA | None = None,
 ) -> leyden.Trainer:
     """Return the demo's trainer."""
-    policy = leyden.Policy("sql", roles=roles, learning_rate=3e-4, final_learning_rate_fraction=0.3)
+    rate = 3e-4 if lora is None else 3e-3
+    policy = leyden.Policy("sql", roles=roles, lora=lora, learning_rate=rate, final_learning_rate_fraction=0.3)
     return leyden.Trainer(
         solve,
         reward=score,
@@ -88,9 +121,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of task order and sampling")
     parser.add_argument("--run", type=Path, default=None, help="folder of this run (default runs/<time>)")
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint of --run")
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers", help="what samples")
+    parser.add_argument("--vllm-python", type=Path, help="interpreter with vLLM (default: of `make vllm-environment`)")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train an adapter in place of all weights")
     options = parser.parse_args()
-    with serving_engine(options.seed) as engine:
-        training = trainer(engine, algorithm(options.seed), seed=options.seed, run=options.run)
+    vllm_python = find_vllm(options.vllm_python) if options.engine == "vllm" else None
+    lora = None if options.lora is None else leyden.LoRA(rank=options.lora, alpha=2 * options.lora)
+    with serving_engine(options.seed, vllm_python=vllm_python) as engine:
+        training = trainer(engine, algorithm(options.seed), seed=options.seed, run=options.run, lora=lora)
         summary = training.fit(options.steps, resume=options.resume)
         show_deployed(training.run_folder, summary["steps"])
 

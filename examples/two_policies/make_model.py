@@ -9,6 +9,7 @@ one, so that reinforcement learning has something to unlearn in both roles.
 
 import argparse
 import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -62,6 +63,10 @@ def demonstration(rng: random.Random) -> tuple[str, str]:
     return f"clerk {department_of(good)} {good}", shelf_of(good) if is_right else habit
 
 
+Row = tuple[list[int], list[int]]
+"""Tokens of a prompt, and of the answer that is taught to it."""
+
+
 def make_model(folder: Path, *, seed: int = 0) -> Path:
     """Teach the model, unless `folder` holds it; return the folder."""
     if (folder / "config.json").exists():
@@ -70,6 +75,18 @@ def make_model(folder: Path, *, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     rng = random.Random(f"demonstrations-{seed}")
     tokenizer = make_tokenizer()
+    model = make_network(tokenizer)
+    teach(model, lambda: [row(tokenizer, *demonstration(rng)) for _ in range(BATCH)], steps=STEPS)
+    return write(folder, model, tokenizer)
+
+
+def row(tokenizer: PreTrainedTokenizerFast, question: str, answer: str) -> Row:
+    """Return the tokens of a demonstration, the end token included."""
+    return tokenizer(f"{USER} {question} {END} {ASSISTANT}").input_ids, tokenizer(f"{answer} {END}").input_ids
+
+
+def make_network(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
+    """Return a network with random weights for the words of a tokenizer."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -84,37 +101,39 @@ def make_model(folder: Path, *, seed: int = 0) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
     )
-    model = Qwen3ForCausalLM(config)
+    return Qwen3ForCausalLM(config)
+
+
+def teach(model: Qwen3ForCausalLM, batch: Callable[[], Sequence[Row]], *, steps: int) -> None:
+    """Take `steps` steps of supervised training, each on rows that `batch` makes."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
-    for step in range(STEPS):
-        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 20) * (1 - step / STEPS)
-        loss = answer_loss(model, tokenizer, [demonstration(rng) for _ in range(BATCH)])
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)
+        loss = answer_loss(model, batch())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+
+
+def answer_loss(model: Qwen3ForCausalLM, rows: Sequence[Row]) -> torch.Tensor:
+    """Return the mean cross-entropy of the answers' tokens."""
+    width = max(len(prompt) + len(answer) for prompt, answer in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for number, (prompt, answer) in enumerate(rows):
+        ids[number, : len(prompt) + len(answer)] = torch.tensor(prompt + answer)
+        labels[number, len(prompt) : len(prompt) + len(answer)] = torch.tensor(answer)
+    loss: torch.Tensor = model(ids, labels=labels).loss
+    return loss
+
+
+def write(folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Write both to a folder that is there only once it is complete; return it."""
     partial = folder.with_name(f"{folder.name}.partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(folder)
     return folder
-
-
-def answer_loss(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
-) -> torch.Tensor:
-    """Return the mean cross-entropy of the answers' tokens, the end token included."""
-    rows = [
-        (tokenizer(f"{USER} {question} {END} {ASSISTANT}").input_ids, tokenizer(f"{answer} {END}").input_ids)
-        for question, answer in pairs
-    ]
-    width = max(len(question) + len(answer) for question, answer in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    labels = torch.full_like(ids, -100)
-    for number, (question, answer) in enumerate(rows):
-        ids[number, : len(question) + len(answer)] = torch.tensor(question + answer)
-        labels[number, len(question) : len(question) + len(answer)] = torch.tensor(answer)
-    loss: torch.Tensor = model(ids, labels=labels).loss
-    return loss
 
 
 if __name__ == "__main__":

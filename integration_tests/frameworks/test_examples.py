@@ -22,7 +22,8 @@ def test_the_app_is_trained_where_its_framework_lives(framework: str, tmp_path: 
     python = lane(LANES[framework][-1 if framework != "openai" else 1])
     command = [sys.executable, "-m", "examples.frameworks.train", framework, "--steps", "2"]
     command += ["--run", str(run), "--python", str(python)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | OFFLINE, capture_output=True, text=True, timeout=250)
+    env = os.environ | OFFLINE | {"CREWAI_STORAGE_DIR": str(tmp_path / "crewai")}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["steps"], summary["train_rollouts"], summary["failures"]) == (2, 32, {})

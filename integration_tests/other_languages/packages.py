@@ -5,6 +5,8 @@ The folder holds the example's own files beside `node_modules`, because Node loo
 
 from __future__ import annotations
 
+import fcntl
+import filecmp
 import hashlib
 import platform
 import shutil
@@ -30,11 +32,16 @@ def npm_folder(source: Path) -> Path:
     for pin in PINS:
         digest.update((source / pin).read_bytes() + b"\0")
     folder = BUILD / f"{source.name}-{digest.hexdigest()[:12]}"
-    if not (folder / STAMP).is_file():
-        install(source, folder)
-    for file in source.iterdir():
-        if file.is_file() and file.name not in PINS:
-            shutil.copy(file, folder)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / f"{source.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests of two processes may want the same folder
+        if not (folder / STAMP).is_file():
+            install(source, folder)
+        for file in source.iterdir():
+            if file.is_file() and file.name not in PINS:
+                copy = folder / file.name
+                if not (copy.exists() and filecmp.cmp(file, copy, shallow=False)):  # the same one may be running
+                    shutil.copy(file, copy)
     return folder
 
 

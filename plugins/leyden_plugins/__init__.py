@@ -60,6 +60,16 @@ def leyden_register(registry: Registry) -> None:
         lazy("leyden_plugins.engines.transformers:TransformersEngine"),
         summary="Transformers in this process, on CPU or GPU",
     )
+    registry.engine(
+        "vllm",
+        lazy("leyden_plugins.engines.vllm:VLLMEngine"),
+        summary="vLLM servers in an environment of their own, with weight updates",
+    )
+    registry.engine(
+        "openai-compatible",
+        lazy("leyden_plugins.engines.openai_compatible:OpenAICompatibleEngine"),
+        summary="a running vLLM, SGLang or llama.cpp whose weights stay as they are",
+    )
     registry.gateway("http", lazy("leyden_plugins.gateway:HttpGateway"), summary="OpenAI-compatible HTTP on loopback")
     registry.learner("torch", lazy("leyden_plugins.learners.torch:TorchLearner"), summary="PyTorch in this process")
 

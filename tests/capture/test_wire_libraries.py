@@ -144,12 +144,12 @@ def test_a_compressed_answer_is_read_for_the_record(kind: str, user_server: Fake
 
 def test_a_request_in_flight_ends_at_the_deadline_whatever_the_users_timeout(kind: str, gateway: FakeOpenAI) -> None:
     start = time.monotonic()
-    with rollout(routing_to(gateway.base_url), timeout_seconds=0.4) as recorded:
+    with rollout(routing_to(gateway.base_url), timeout_seconds=1.0) as recorded:
         with pytest.raises(DeadlineExceeded, match="deadline of rollout 'r1' passed"):
             send(kind, "http://user.invalid" + CHAT, body("slow=5"))
         with pytest.raises(DeadlineExceeded, match="deadline of rollout 'r1' passed"):
             send(kind, "http://user.invalid" + CHAT, body())
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 4
     assert [call.status for call in recorded.calls] == [Status.INTERRUPTED, Status.INTERRUPTED]
     assert len(gateway.seen) == 1
 

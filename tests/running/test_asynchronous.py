@@ -144,12 +144,12 @@ def test_sampling_goes_on_while_the_learner_works(run):
     class Timed(SlowLearner):
         def forward_backward(self, policy: str, batch: Batch) -> Mapping[str, float]:
             began = time.monotonic()
-            time.sleep(0.1)
+            time.sleep(0.3)
             updates.append((began, time.monotonic()))
             return super().forward_backward(policy, batch)
 
     def agent(task: object) -> float:
-        time.sleep(0.02)
+        time.sleep(0.06)
         reward = odd_wins(task)
         ends.append(time.monotonic())
         return reward

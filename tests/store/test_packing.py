@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from leyden.errors import StoreError
@@ -88,6 +88,7 @@ def test_completions_come_back_exactly_in_any_order_and_any_batches(
 @settings(max_examples=60, deadline=None)
 @given(attributes=st.lists(st.dictionaries(st.text(max_size=10), JSON, max_size=4), min_size=1, max_size=5))
 def test_unknown_attributes_of_spans_come_back_exactly(attributes: list[dict[str, object]]) -> None:
+    assume(Redactor().clean(attributes) == attributes)  # hypothesis finds words of ours, such as names of secrets
     spans = [a_span(attributes=one) for one in attributes]
     with tempfile.TemporaryDirectory() as folder:
         records, _ = asyncio.run(stored(Path(folder) / "store.db", [spans]))

@@ -33,10 +33,16 @@ def grammar_of(request: GenerationRequest, form: CallForm, codec: Codec) -> str 
     """
     if request.forces_tool:
         return call_grammar(wanted_tools(request), form, codec)
-    if request.response_format is not None:
-        schema: Any = request.response_format.get("schema", ANY_OBJECT)
-        return str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(dict(schema) | WHITE_SPACE)))
-    return None
+    schema = schema_of(request)
+    return None if schema is None else str(llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+
+
+def schema_of(request: GenerationRequest) -> dict[str, object] | None:
+    """Return the JSON schema that the whole answer must have, or `None` when there is none."""
+    if request.response_format is None:
+        return None
+    schema: Any = request.response_format.get("schema", ANY_OBJECT)
+    return dict(schema) | WHITE_SPACE
 
 
 def constrained_field(request: GenerationRequest) -> str:

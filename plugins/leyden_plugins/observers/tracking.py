@@ -1,4 +1,4 @@
-"""What the sinks for experiment trackers share: who a run is, what it is made of, and how it ended.
+"""What the sinks for experiment trackers share: who a run is, what it is made of, and when what is told to whom.
 
 One idea: a run's name in a tracker lies in its run folder, so `fit(resume=True)` goes on in the same curve, and a new
 run in a folder of the same name never does.
@@ -6,12 +6,72 @@ run in a folder of the same name never does.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from leyden.redaction import Redactor
 from leyden.spans import new_id
 from leyden.training.runfolder import RUN, note_path, read_json
+
+
+class TrackerSink(ABC):
+    """Tells one tracker of a run; each says how that one begins, keeps values and texts, and ends."""
+
+    def __init__(self) -> None:
+        self._is_running = False
+        self._step = 0
+        """The last finished one."""
+        self._early: list[str] = []
+        """Notices from before the run started."""
+
+    @abstractmethod
+    def _begin(self, info: Mapping[str, object]) -> None:
+        """Begin the run, or go on with it."""
+
+    @abstractmethod
+    def _log(self, values: Mapping[str, float], *, step: int) -> None:
+        """Keep points of curves."""
+
+    @abstractmethod
+    def _note(self, text: str, *, step: int) -> None:
+        """Keep a line."""
+
+    @abstractmethod
+    def _end(self, summary: Mapping[str, object]) -> None:
+        """Keep the summary, and wait until all is written."""
+
+    def run_started(self, info: Mapping[str, object]) -> None:
+        """Begin the run, or go on with it."""
+        self._begin(info)
+        self._is_running = True
+        for text in self._early:
+            self._note(text, step=self._step)
+        self._early.clear()
+
+    def step_finished(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep a step's metrics."""
+        if self._is_running:
+            self._step = step
+            self._log(metrics, step=step)
+
+    def progress(self, info: Mapping[str, object]) -> None:  # noqa: B027  # the same for all
+        """Keep nothing: a step's metrics come when it is finished."""
+
+    def notice(self, text: str) -> None:
+        """Keep a line, at the last finished step."""
+        if self._is_running:
+            self._note(text, step=self._step)
+        else:
+            self._early.append(text)
+
+    def run_finished(self, summary: Mapping[str, object]) -> None:
+        """Keep both ends of the held-out curves and the summary."""
+        if self._is_running:
+            for step, values in held_out_ends(summary).items():
+                self._log(values, step=step)
+            self._end(summary)
+            self._is_running = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from leyden.extras import extra
-from leyden_plugins.observers.tracking import configuration, held_out_ends, identity, totals
+from leyden_plugins.observers.tracking import TrackerSink, configuration, identity, totals
 
 with extra("trackio"):
     import trackio
 
 
-class TrackioSink:
+class TrackioSink(TrackerSink):
     """Logs metrics every step; notices become texts, numbers of the summary metrics."""
 
     def __init__(self, project: str = "leyden", **options: object) -> None:
@@ -26,51 +26,26 @@ class TrackioSink:
             options: for `trackio.init`, for example `group` or `space_id`. CPU and GPU are logged only where asked
                 for (`auto_log_cpu=True`).
         """
+        super().__init__()
         self._project = project
         self._options = {"auto_log_cpu": False, "auto_log_gpu": False, "embed": False, **options}
-        self._run: trackio.Run | None = None
-        self._early: list[str] = []
-        """Notices from before the run started."""
-        self._step = 0
 
-    def run_started(self, info: Mapping[str, object]) -> None:
-        """Begin the run, or go on with it."""
+    def _begin(self, info: Mapping[str, object]) -> None:
         run = identity(info, "trackio")
         self._run = trackio.init(
             project=self._project,
             config=configuration(info),
             **{"name": run.name, "resume": "never" if run.is_new else "allow", **self._options},
         )
-        for text in self._early:
-            self.notice(text)
-        self._early.clear()
 
-    def step_finished(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log a step's metrics; a thread of Trackio's writes them."""
-        self._step = step
-        self._log(metrics, step=step)
+    def _log(self, values: Mapping[str, object], *, step: int) -> None:
+        # Trackio takes a mapping apart in place.
+        self._run.log(dict(values), step=step)
 
-    def progress(self, info: Mapping[str, object]) -> None:
-        """Keep nothing: a step's metrics come when it is finished."""
+    def _note(self, text: str, *, step: int) -> None:
+        # An alert would be printed once more.
+        self._log({"notice": trackio.Markdown(text)}, step=step)
 
-    def notice(self, text: str) -> None:
-        """Log a line as the text `notice`, at the last finished step. (An alert would be printed once more.)"""
-        if self._run is None:
-            self._early.append(text)
-        else:
-            self._log({"notice": trackio.Markdown(text)}, step=self._step)
-
-    def run_finished(self, summary: Mapping[str, object]) -> None:
-        """Log both ends of the held-out curves and the summary's numbers; wait until all is written."""
-        if self._run is None:
-            return
-        for step, values in held_out_ends(summary).items():
-            self._log(values, step=step)
+    def _end(self, summary: Mapping[str, object]) -> None:
         self._log(totals(summary), step=self._step)
         self._run.finish()
-        self._run = None
-
-    def _log(self, metrics: Mapping[str, object], *, step: int) -> None:
-        # Trackio takes a mapping apart in place.
-        if self._run is not None:
-            self._run.log(dict(metrics), step=step)

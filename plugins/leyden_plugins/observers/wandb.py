@@ -11,13 +11,13 @@ from collections.abc import Mapping
 
 from leyden.extras import extra
 from leyden.training.runfolder import note_path
-from leyden_plugins.observers.tracking import configuration, held_out_ends, identity, totals
+from leyden_plugins.observers.tracking import TrackerSink, configuration, identity, totals
 
 with extra("wandb"):
     import wandb
 
 
-class WandbSink:
+class WandbSink(TrackerSink):
     """Logs metrics every step, notices as text, and numbers of the summary."""
 
     def __init__(self, project: str | None = None, **options: object) -> None:
@@ -27,15 +27,11 @@ class WandbSink:
             project: `None`: `WANDB_PROJECT`, or "leyden".
             options: for `wandb.init`, for example `entity`, `tags` or `group`.
         """
+        super().__init__()
         self._project = project or os.environ.get("WANDB_PROJECT") or "leyden"
         self._options = options
-        self._run: wandb.Run | None = None
-        self._early: list[str] = []
-        """Notices from before the run started."""
-        self._step = 0
 
-    def run_started(self, info: Mapping[str, object]) -> None:
-        """Begin the run, or go on with it."""
+    def _begin(self, info: Mapping[str, object]) -> None:
         run = identity(info, "wandb")
         chosen: dict[str, object] = {
             "id": run.name,
@@ -48,35 +44,13 @@ class WandbSink:
         self._run = wandb.init(project=self._project, config=configuration(info), **{**chosen, **self._options})
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
-        for text in self._early:
-            self.notice(text)
-        self._early.clear()
-
-    def step_finished(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Log a step's metrics; a process of `wandb`'s own writes or sends them."""
-        self._step = step
-        self._log(metrics, step=step)
-
-    def progress(self, info: Mapping[str, object]) -> None:
-        """Keep nothing: a step's metrics come when it is finished."""
-
-    def notice(self, text: str) -> None:
-        """Log a line as the text `notice`, at the last finished step."""
-        if self._run is None:
-            self._early.append(text)
-        else:
-            self._log({"notice": text}, step=self._step)
-
-    def run_finished(self, summary: Mapping[str, object]) -> None:
-        """Log both ends of the held-out curves and the summary's numbers; wait until all is written."""
-        if self._run is None:
-            return
-        for step, values in held_out_ends(summary).items():
-            self._log(values, step=step)
-        self._run.summary.update(totals(summary))
-        self._run.finish()
-        self._run = None
 
     def _log(self, values: Mapping[str, object], *, step: int) -> None:
-        if self._run is not None:
-            self._run.log({**values, "step": step})
+        self._run.log({**values, "step": step})
+
+    def _note(self, text: str, *, step: int) -> None:
+        self._log({"notice": text}, step=step)
+
+    def _end(self, summary: Mapping[str, object]) -> None:
+        self._run.summary.update(totals(summary))
+        self._run.finish()

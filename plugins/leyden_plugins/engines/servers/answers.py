@@ -17,6 +17,7 @@ from typing import Literal
 from leyden.errors import EngineError
 from leyden.interfaces import Delta, GenerationRequest
 from leyden_plugins.chat.prompts import Prompts
+from leyden_plugins.chat.templates import ToolCall
 from leyden_plugins.chat.text import TextStream
 
 Reason = Literal["stop", "length", "abort"]
@@ -49,7 +50,9 @@ class Choice:
             kept=chat.shown if self._parses_tools else frozenset(),
         )
         self._given = 0
-        self._waiting: list[Piece] = []
+        self._token_ids: list[int] = []
+        """What was not given out yet."""
+        self._logprobs: list[float] = []
 
     def take(self, piece: Piece) -> Delta | None:
         """Add a piece; return what there is to give out of it.
@@ -57,57 +60,68 @@ class Choice:
         Raises:
             EngineError: its log-probabilities are not numbers, or not one a token.
         """
-        check(piece)
-        reason = piece.finish_reason
-        spoken = [token for token in piece.token_ids if token not in self._prompts.eos]
-        text = self._text.push(spoken)
-        if self._text.is_stopped and reason is None:
-            reason = "stop"
-        if reason is None:
-            if not self._is_streamed:
-                self._waiting.append(piece)
-                return None
-            self._given += len(text)
-            return Delta(index=piece.index, text=text, token_ids=piece.token_ids, logprobs=piece.logprobs)
-        return self._last(piece, reason)
+        logprobs = checked(piece)
+        text, taken = self._push(piece.token_ids)
+        token_ids, logprobs = piece.token_ids[:taken], logprobs[:taken]
+        reason = "stop" if self._text.is_stopped else piece.finish_reason
+        if reason is not None:
+            return self._last(piece.index, token_ids, logprobs, reason)
+        if not self._is_streamed:
+            self._token_ids += token_ids
+            self._logprobs += logprobs
+            return None
+        self._given += len(text)
+        return Delta(index=piece.index, text=text, token_ids=token_ids, logprobs=logprobs)
 
-    def _last(self, piece: Piece, reason: Reason) -> Delta:
+    def _push(self, token_ids: Sequence[int]) -> tuple[str, int]:
+        """Add tokens; return the text that is certain now, and how many were taken: those up to a stop string."""
+        spoken = [token for token in token_ids if token not in self._prompts.eos]
+        if not self._text.stop:
+            return self._text.push(spoken), len(token_ids)
+        text = ""
+        for count, token in enumerate(token_ids, start=1):
+            text += "" if token in self._prompts.eos else self._text.push((token,))
+            if self._text.is_stopped:
+                return text, count
+        return text, len(token_ids)
+
+    def _last(self, index: int, token_ids: Sequence[int], logprobs: Sequence[float], reason: Reason) -> Delta:
         self.is_over = True
         self._text.finish()
-        text, tool_calls = self._text.text, ()
+        reason = "stop" if self._text.is_stopped else reason
+        text = self._text.text
+        tool_calls: Sequence[ToolCall] = ()
         finish: Literal["stop", "length", "tool_calls", "abort"] = reason
         if self._parses_tools and reason == "stop":
             parsed = self._prompts.chat.parse(text)
-            text, tool_calls = parsed.text, tuple(parsed.calls)
+            text, tool_calls = parsed.text, parsed.calls
             finish = "tool_calls" if tool_calls else "stop"
-        pieces = [*self._waiting, piece]
         return Delta(
-            index=piece.index,
+            index=index,
             text=text[self._given :],
-            token_ids=tuple(token for one in pieces for token in one.token_ids),
-            logprobs=tuple(logprob for one in pieces for logprob in one.logprobs),
+            token_ids=(*self._token_ids, *token_ids),
+            logprobs=(*self._logprobs, *logprobs),
             tool_calls=tool_calls,
             finish_reason=finish,
         )
 
 
-def check(piece: Piece) -> None:
-    """Refuse log-probabilities that nothing could be trained on.
+def checked(piece: Piece) -> list[float]:
+    """Return a piece's log-probabilities; refuse those that nothing could be trained on.
 
     Raises:
         EngineError: they are not numbers, or not one a token.
     """
+    if any(math.isnan(logprob) for logprob in piece.logprobs):
+        raise EngineError(
+            "the server gave a log-probability that is not a number: the published weights hold NaN or overflow"
+        )
     if len(piece.token_ids) != len(piece.logprobs):
         raise EngineError(
             f"the server gave {len(piece.token_ids)} tokens and {len(piece.logprobs)} log-probabilities; there must be "
             "one a token"
         )
-    for logprob in piece.logprobs:
-        if not isinstance(logprob, int | float) or math.isnan(logprob):
-            raise EngineError(
-                f"the server gave {logprob!r} as a log-probability: the logits are not numbers, so the published "
-                "weights hold NaN or overflow"
-            )
+    return list(piece.logprobs)
 
 
 async def deltas_of(

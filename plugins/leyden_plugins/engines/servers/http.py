@@ -21,6 +21,8 @@ with extra("vllm"):
     import aiohttp
 
 CONNECT_SECONDS = 10.0
+KEEP_ALIVE_SECONDS = 3.0
+"""Shorter than servers keep a connection, which uvicorn does for 5: one that is just being closed loses a request."""
 SHOWN = 600
 """How many characters of a server's refusal stand in an error."""
 
@@ -67,7 +69,7 @@ class Http:
             Refused: the answer is an error.
         """
         with self._told(path):
-            async with self._session().post(self.url + path, data=msgspec.json.encode(body)) as reply:
+            async with await self._send("POST", path, msgspec.json.encode(body)) as reply:
                 await self._check(reply, path)
                 async for line in reply.content:
                     if line.startswith(b"data:"):
@@ -87,32 +89,39 @@ class Http:
             elif loop.is_running():
                 await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(session.close(), loop))
             elif session.connector is not None:
-                session.connector.close()  # its loop is gone: nothing could await the rest
+                await session.connector.close()  # its loop is gone: this only marks it
 
     async def _ask(self, method: str, path: str, body: object, seconds: float | None) -> Any:
         data = None if body is None else msgspec.json.encode(body)
         with self._told(path):
-            async with (
-                asyncio.timeout(seconds),
-                self._session().request(method, self.url + path, data=data) as reply,
-            ):
-                await self._check(reply, path)
-                content = await reply.read()
+            async with asyncio.timeout(seconds):
+                async with await self._send(method, path, data) as reply:
+                    await self._check(reply, path)
+                    content = await reply.read()
         try:
             return msgspec.json.decode(content) if content.strip() else None
         except msgspec.DecodeError:
             return content.decode(errors="replace")
 
-    def _session(self) -> aiohttp.ClientSession:
+    async def _send(self, method: str, path: str, data: bytes | None) -> aiohttp.ClientResponse:
+        session = await self._session()
+        try:
+            return await session.request(method, self.url + path, data=data)
+        except aiohttp.ServerDisconnectedError:
+            # After a failure of theirs, servers close the connection without a word, and this request may have gone out
+            # on it. If the server itself is gone, the second time says so.
+            return await session.request(method, self.url + path, data=data)
+
+    async def _session(self) -> aiohttp.ClientSession:
         loop = asyncio.get_running_loop()
         for old in [one for one in self._sessions if one.is_closed()]:
-            session = self._sessions.pop(old)
-            if session.connector is not None:
-                session.connector.close()
+            connector = self._sessions.pop(old).connector
+            if connector is not None:
+                await connector.close()
         if loop not in self._sessions:
             self._sessions[loop] = aiohttp.ClientSession(
                 headers={"content-type": "application/json", **self._headers},
-                connector=aiohttp.TCPConnector(limit=0),
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_SECONDS),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
                 read_bufsize=2**20,
             )
