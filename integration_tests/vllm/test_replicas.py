@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from integration_tests.vllm.gates import Gate, plain, serving
 from leyden.errors import ConfigurationError
 from leyden.roles import LoRA, Policy
 from leyden_plugins.engines.vllm import VLLMEngine
-from tests.engines.asking import collect, request
+from tests.engines.asking import Answered, collect, request
 
 PROMPT = [7 + number * 43 % 250 for number in range(40)]
 
@@ -66,16 +65,19 @@ def test_requests_of_one_rollout_go_to_one_server_and_rollouts_spread(gate: Gate
 def test_a_push_reaches_every_server(gate: Gate, models: Path) -> None:
     other = random_checkpoint(models / "other_untied", seed=6, tied=False)
     gate.push(other)
-    model, seen = plain(other), Counter[int]()
-    for number in range(6):
-        before = gate.do(answered(gate))
-        version, (answer,) = gate.do(gate.ask(PROMPT, max_tokens=16, affinity=f"p{number}"))
-        after = gate.do(answered(gate))
-        seen[[now - was for now, was in zip(after, before, strict=True)].index(1)] += 1
+    model = plain(other)
+
+    async def at_once() -> list[tuple[int, list[Answered]]]:
+        before = await answered(gate)
+        asked = [gate.ask(PROMPT, max_tokens=32, affinity=f"p{number}") for number in range(6)]
+        found = await asyncio.gather(*asked)
+        assert [after - was for after, was in zip(await answered(gate), before, strict=True)] == [3, 3]
+        return found
+
+    for version, (answer,) in gate.do(at_once()):
         assert version == gate.version
         expected = plain_logprobs(model, PROMPT, answer.token_ids)
         gate.figures.compare("forward pass: two servers, untied head", answer.logprobs, expected)
-    assert len(seen) == 2, "both were asked"
 
 
 def test_an_engine_attaches_to_running_servers_and_leaves_them_running(gate: Gate, models: Path) -> None:

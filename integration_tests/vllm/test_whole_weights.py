@@ -12,8 +12,10 @@ import pytest
 from integration_tests.vllm.checkpoints import plain_logprobs, random_checkpoint
 from integration_tests.vllm.gates import Gate, plain, title, weights_of
 from leyden.errors import ConfigurationError, EngineError
+from leyden.interfaces import GenerationRequest, SamplingParameters
 from tests.engines.asking import Answered
 
+STREAMS = 8
 LONG_PROMPT = [7 + number * 37 % 250 for number in range(260)]
 """Longer than the blocks in which prefixes are kept."""
 
@@ -135,22 +137,30 @@ def test_a_killed_server_comes_back_with_the_last_weights_and_answers_what_it_wa
 ) -> None:
     prompt = LONG_PROMPT[:30]
 
-    async def killed() -> list[object]:
-        waiting = [asyncio.create_task(whole.ask(prompt, max_tokens=500)) for _ in range(6)]
-        streams = [asyncio.create_task(whole.ask(prompt, max_tokens=500, stream=True)) for _ in range(2)]
-        await asyncio.sleep(0.4)
-        process = next(one for one in whole.processes() if victim in title(one))
-        process.kill()
-        return await asyncio.gather(*waiting, *streams, return_exceptions=True)
+    async def killed() -> tuple[list[tuple[int, list[Answered]]], list[object]]:
+        begun = asyncio.Event()
+        waiting = [asyncio.create_task(whole.ask(prompt, max_tokens=500)) for _ in range(STREAMS)]
+        streams = [asyncio.create_task(stream(begun)) for _ in range(STREAMS)]
+        await begun.wait()
+        victims = [one for one in whole.processes() if victim in title(one)]
+        assert victims, [title(one) for one in whole.processes()]
+        victims[0].kill()
+        return await asyncio.gather(*waiting), await asyncio.gather(*streams, return_exceptions=True)
 
-    answered = whole.do(killed())
+    async def stream(begun: asyncio.Event) -> None:
+        request = GenerationRequest(
+            model="me", messages=(), prompt_token_ids=prompt, sampling=SamplingParameters(max_tokens=500)
+        )
+        async for _ in (await whole.engine.generate(request)).deltas:
+            begun.set()
+
+    answered, streamed = whole.do(killed())
     whole.figures.restarts += 1
-    for said in answered[:6]:
-        assert not isinstance(said, BaseException), said
-        version, answers = said  # type: ignore[misc]
+    for version, answers in answered:
         assert version == whole.version
         check(whole, "forward pass: asked again after a kill", prompt, answers, pushed)
-    for said in answered[6:]:
-        assert isinstance(said, EngineError), "a stream that has begun cannot be begun again"
+    broken = [said for said in streamed if said is not None]
+    assert broken, "streams that have begun cannot be begun again"
+    assert all(isinstance(said, EngineError) for said in broken), broken
     _, answers = whole.do(whole.ask(LONG_PROMPT, max_tokens=12))
     check(whole, "forward pass: after a restart", LONG_PROMPT, answers, pushed)

@@ -15,9 +15,9 @@ from leyden.interfaces import GenerationRequest, Weights
 from leyden_plugins.chat.prompts import Prompts
 from leyden_plugins.chat.templates import Chat
 from leyden_plugins.chat.text import Codec, TextStream
+from leyden_plugins.engines.delivery import DeltaStream
 from leyden_plugins.engines.transformers.batching import Answer, Batcher, Call
 from leyden_plugins.engines.transformers.cache import PrefixCache
-from leyden_plugins.engines.transformers.delivery import DeltaStream
 from leyden_plugins.engines.transformers.lane import Lane, Served, SoloLane, WindowLane
 from leyden_plugins.engines.transformers.networks import ModuleNetwork, choose_network, row_network
 from leyden_plugins.torch_models import (

@@ -25,8 +25,8 @@ from leyden.errors import EngineError
 from leyden.interfaces import Delta
 from leyden_plugins.chat.templates import Chat, ToolCall
 from leyden_plugins.chat.text import TextStream
+from leyden_plugins.engines.delivery import DeltaStream, Item, deliver
 from leyden_plugins.engines.transformers.cache import PrefixCache
-from leyden_plugins.engines.transformers.delivery import DeltaStream, Item, deliver
 from leyden_plugins.engines.transformers.lane import Lane, Row, Served
 from leyden_plugins.engines.transformers.sampling import Sampler
 

@@ -11,9 +11,9 @@ from weakref import ref
 from leyden.errors import EngineError
 from leyden.interfaces import GenerationRequest
 from leyden_plugins.chat.prompts import Prompts
+from leyden_plugins.engines.delivery import DeltaStream
 from leyden_plugins.engines.servers.answers import Piece, deltas_of
 from leyden_plugins.engines.servers.http import Refused, Unreachable
-from leyden_plugins.engines.transformers.delivery import DeltaStream
 from leyden_plugins.engines.vllm.asking import pieces_of
 from leyden_plugins.engines.vllm.opening import Running
 

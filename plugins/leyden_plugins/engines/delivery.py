@@ -1,4 +1,4 @@
-"""Carry deltas from the sampling thread to the event loop that asked.
+"""Carry deltas from whatever samples to the event loop that asked.
 
 One idea: one wake-up of a loop a step, whatever the number of requests: crossing threads costs more than the
 tokens of a small model.
