@@ -111,10 +111,14 @@ class Gate:
         generation = await self.engine.generate(request)
         return generation.version, await collect(generation)
 
-    def processes(self) -> list[psutil.Process]:
-        """Return the processes of the engine's servers."""
-        children = psutil.Process().children(recursive=True)
-        return [one for one in children if any(name in title(one) for name in ("vllm", "VLLM"))]
+    def processes(self) -> dict[str, psutil.Process]:
+        """Return processes of the engine's one server: its launcher, its door and what computes."""
+        (pid,) = self.engine.pids
+        server = psutil.Process(pid)
+        launcher = server.parent()
+        assert launcher is not None
+        (core,) = [one for one in server.children(recursive=True) if "EngineCore" in title(one)]
+        return {"launcher": launcher, "API server": server, "engine core": core}
 
 
 def title(process: psutil.Process) -> str:

@@ -79,9 +79,11 @@ class Process:
             async with asyncio.timeout(grace):
                 while self.is_running:
                     await asyncio.sleep(0.05)
-        if self.is_running:
+        status = self._launcher.poll()
+        if status is None or status < 0:  # a launcher that was killed has not ended its server, which holds the port
             with suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGKILL)
+        if status is None:
             self._launcher.kill()
             await asyncio.to_thread(self._launcher.wait)
 
