@@ -145,7 +145,6 @@ class Policies:
 
         Raises:
             ConfigurationError: no such name, or the base after its weights were replaced.
-            EngineError: what is served is not what was published.
         """
         if model == RESERVED_MODEL and self._is_replaced:
             raise ConfigurationError(
@@ -154,17 +153,20 @@ class Policies:
             )
         if model not in self.served:
             raise ConfigurationError(f"model {model!r} is not served; these are: {self.names!r}")
-        if self._broken is not None:
-            raise EngineError(self._broken)
 
     def admit(self, model: str, fleet: Fleet) -> Served | None:
         """Count a request on the version that is served now; `None` while the entrance is shut.
 
         In one step: a change of weights that begins now waits for this request, or the request for the change.
+
+        Raises:
+            EngineError: what is served is not what was published.
         """
         with self._lock:
             if not fleet.entrance.is_open:
                 return None
+            if self._broken is not None:  # while weights change it is too, but then the entrance is shut
+                raise EngineError(self._broken)
             served = self.served[model]
             served.running += 1
             self._running += 1
