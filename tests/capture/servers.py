@@ -6,7 +6,8 @@ The truth about a request stands in its messages, so a test can compare it with 
 `rollout=r1 role=planner` anywhere; the last role named in a system message counts. Other markers:
 `call=NAME*2` answers with two tool calls of NAME until a tool message follows; `status=500*2` fails twice;
 `slow=0.5` waits; `cut` ends a stream in the middle, `fails` ends it with an error event, `broken` puts an event
-that is no JSON into it, `gated` holds it after the first word; `zipped` compresses any answer.
+that is no JSON into it, `gated` holds it after the first word, `lingers` before its very last event; `zipped`
+compresses any answer.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class FakeOpenAI:
         """How many requests to answer with `held_status` and `Retry-After`."""
         self.held_status = 503
         self.go_on = threading.Event()
-        """Lets a stream with the marker `gated` go on after its first word."""
+        """Lets a stream with the marker `gated` or `lingers` go on."""
         self.base_url = ""
 
     def clear(self) -> None:
@@ -163,10 +164,16 @@ async def events(
         yield squeeze.compress(event) + squeeze.flush(zlib.Z_SYNC_FLUSH) if is_zipped else event
         if is_failing or (index == 3 and "cut" in marks):
             return
-        while index == 1 and "gated" in marks and not go_on.is_set():
+        is_held = (index == 1 and "gated" in marks) or ("lingers" in marks and is_reason_known(event))
+        while is_held and not go_on.is_set():
             await asyncio.sleep(0.002)
     if is_zipped:
         yield squeeze.flush()
+
+
+def is_reason_known(event: bytes) -> bool:
+    """Say whether an event tells why the answer ended; only formalities follow."""
+    return b'"message_delta"' in event or b'"finish_reason": "' in event
 
 
 @contextmanager

@@ -88,6 +88,36 @@ def test_a_stream_closed_early_by_the_reader_is_interrupted(
     assert recorded.context.infrastructure_error is None
 
 
+@pytest.mark.parametrize(
+    ("path", "ending"), [("/chat/completions", '"finish_reason": "stop"'), ("/messages", '"type": "message_delta"')]
+)
+def test_a_reader_cancelled_when_it_knows_why_the_answer_ended_has_the_whole_answer(
+    library: Any, scene: tuple[Any, FakeOpenAI], user_server: FakeOpenAI, path: str, ending: str
+) -> None:
+    lines: list[str] = []
+    content = body("role=writer it lingers") | {"max_tokens": 9}
+
+    async def reader() -> None:
+        async with library.AsyncClient() as client:
+            async with client.stream("POST", user_server.base_url + path, json=content) as response:
+                async for line in response.aiter_lines():
+                    lines.append(line)
+
+    async def run() -> None:
+        task = asyncio.create_task(reader())
+        async with asyncio.timeout(10):
+            while not any(ending in line for line in lines):
+                await asyncio.sleep(0.002)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    with rollout(scene[0]) as recorded, role("writer"):
+        asyncio.run(run())
+    assert only_call(recorded) == (Status.OK, None)
+    (message,) = recorded.calls[0].attributes["gen_ai.output.messages"]  # type: ignore[misc]
+    assert str(message["content"]).startswith("answer to")
+
+
 def test_pieces_arrive_before_the_rest_is_made(
     library: Any, scene: tuple[Any, FakeOpenAI], user_server: FakeOpenAI
 ) -> None:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 HTTP_BUSY = 429
 
-LAST_EVENTS = (b"[DONE]", b"response.completed", b"response.incomplete", b"message_stop", b'"error"')
+LAST_EVENTS = (b"[DONE]", b"response.completed", b"response.incomplete", b"message_delta", b"message_stop", b'"error"')
 """What stands in a piece of a stream that may be the last to be read."""
 
 
@@ -222,6 +222,9 @@ class ModelCall:
             self.blame(error)
         broken = self.status_code != 0 or is_late or isinstance(error, DeadlineExceeded)
         is_cancelled = isinstance(error, asyncio.CancelledError)
+        if is_cancelled and self.chunks and self.answer().is_whole:  # it had read all it wanted
+            self.closed_early()
+            return
         status = Status.INTERRUPTED if broken and not is_cancelled else status_of(error)
         self.end(status, f"{type(error).__name__}: {error}", self.answer() if self.chunks else Answer())
         if self.route is not None and isinstance(error, Exception):
