@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from leyden.chain import Chain as Chain
+    from leyden.chain import Phase as Phase
     from leyden.context import declare_roles as declare_roles
     from leyden.context import headers as headers
     from leyden.context import role as role
@@ -28,10 +30,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 HOMES = {
+    "Chain": "leyden.chain",
     "Command": "leyden.running.command",
     "Endpoint": "leyden.endpoints",
     "LoRA": "leyden.roles",
     "NO_REWARD": "leyden.rewards",
+    "Phase": "leyden.chain",
     "Policy": "leyden.roles",
     "Sampling": "leyden.roles",
     "Trainer": "leyden.training.trainer",

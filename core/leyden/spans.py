@@ -74,8 +74,12 @@ class Mode(StrEnum):
     """What a rollout is for; only `TRAIN` rollouts use a policy's training sampling."""
 
     TRAIN = "train"
+    SEARCH = "search"
+    """Tries candidate prompts."""
     EVALUATE = "evaluate"
     DEV = "dev"
+    RECORDED = "recorded"
+    """Ran without a trainer: recorded in production, or imported."""
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True, tag="span"):
@@ -224,14 +228,14 @@ class Resource(msgspec.Struct, frozen=True, kw_only=True, tag="resource"):
     """What training publishes and rollouts use; key (kind, name, version), never reused."""
 
     kind: str
-    """`policy` or `prompt`."""
+    """`policy`; `prompt`, whose name is a role; or `candidate`, prompts that were tried together."""
     name: str
     version: int
     created_ns: int
     location: str | None = None
     """Where the weights lie, relative to the run folder; `None` when only the engine holds them."""
     content: str | None = None
-    """The prompt's text."""
+    """The prompt's text; of a candidate, JSON."""
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True, tag="update"):

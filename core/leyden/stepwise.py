@@ -9,9 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 from leyden.errors import ConfigurationError
-from leyden.interfaces import Group, Session
+from leyden.interfaces import Demands, Group, Session
 from leyden.metrics import call_metrics, reward_metrics, rollout_metrics
 from leyden.roles import Policy
 
@@ -20,6 +22,9 @@ class Stepwise(ABC):
     """Implements `leyden.interfaces.Algorithm` from `improve`."""
 
     group_size: int
+    demands: ClassVar[Demands] = Demands()
+    speakers: Mapping[str, str | None] = MappingProxyType({})
+    """Policy -> the policy that speaks for its roles while a step is sampled; `None`: the app's own model."""
     most_batches: int = 1
     """How many times a step's tasks may be sampled to find groups that are accepted."""
 
@@ -56,6 +61,7 @@ class Stepwise(ABC):
                 group_size=self.group_size,
                 accept=chooser.accepts if chooser.most_batches > 1 else None,
                 most_batches=chooser.most_batches,
+                speakers=self.speakers,
             )
             metrics = reward_metrics(groups) | rollout_metrics(groups)
             for policy in session.policies:
@@ -93,6 +99,17 @@ class PerPolicy(Stepwise):
     def group_size(self) -> int:  # type: ignore[override]  # computed here, a field elsewhere
         """Rollouts a task."""
         return next(iter(self.algorithms.values())).group_size
+
+    @property
+    def demands(self) -> Demands:  # type: ignore[override]  # as above
+        """What all of them ask for."""
+        every = [one.demands for one in self.algorithms.values()]
+        return Demands(synchronous=any(one.synchronous for one in every))
+
+    @property
+    def speakers(self) -> Mapping[str, str | None]:  # type: ignore[override]  # as above
+        """Of all of them together."""
+        return {policy: speaker for one in self.algorithms.values() for policy, speaker in one.speakers.items()}
 
     @property
     def most_batches(self) -> int:  # type: ignore[override]  # as above

@@ -4,7 +4,7 @@ Each protocol states its duties: order, lengths, what may be mutated, what failu
 `leyden.testing` holds fakes, and the contract suite that every store passes.
 """
 
-from leyden.interfaces.algorithm import Algorithm, Group, Session, Transition
+from leyden.interfaces.algorithm import Algorithm, Demands, Group, Session, Transition, demands_of
 from leyden.interfaces.engine import (
     ContinuesExactly,
     Delta,
@@ -13,6 +13,7 @@ from leyden.interfaces.engine import (
     GenerationRequest,
     SamplingParameters,
     Sleeps,
+    Tokenises,
     Weights,
     able_to_continue,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Batch",
     "ContinuesExactly",
     "Delta",
+    "Demands",
     "Engine",
     "Executor",
     "FrameworkAdapter",
@@ -63,7 +65,9 @@ __all__ = [
     "Session",
     "Sleeps",
     "Store",
+    "Tokenises",
     "Transition",
     "Weights",
     "able_to_continue",
+    "demands_of",
 ]

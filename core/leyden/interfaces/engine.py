@@ -181,6 +181,27 @@ class ContinuesExactly(Protocol):
 
 
 @runtime_checkable
+class Tokenises(Protocol):
+    """An engine that can write a call which somebody else answered in its model's own tokens."""
+
+    def tokenised(
+        self, request: GenerationRequest, answer: Mapping[str, object]
+    ) -> tuple[Sequence[int], Sequence[int]] | None:
+        """Return the tokens of a request's prompt and of an answer to it, its end token included.
+
+        `None`: the chat template cannot say which of its tokens are the answer's.
+
+        Args:
+            request: its messages and tools are read.
+            answer: an assistant's chat message: `content`, `tool_calls`.
+
+        Raises:
+            ConfigurationError: messages that the chat template refuses.
+        """
+        ...
+
+
+@runtime_checkable
 class Sleeps(Protocol):
     """An engine that can leave its device to a learner while nobody samples."""
 

@@ -52,7 +52,9 @@ def as_agent(agent: object) -> Agent | PerRollout | str:
 
 
 def describe(target: object) -> str:
-    """Return `module:qualname` of a function, or of a factory's."""
+    """Return `module:qualname` of a function, or of a factory's; `no agent` for none."""
+    if target is None:
+        return "no agent"
     if isinstance(target, (str, Command)):
         return str(target)
     inner = target.factory if isinstance(target, PerRollout) else target

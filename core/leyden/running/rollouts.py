@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from leyden.errors import ConfigurationError, RolloutError, StoreError
 from leyden.interfaces import Access, AttemptResult, Executor, Gateway, Outcome, RolloutSpec, Store
 from leyden.ownership import current_owner
@@ -64,6 +66,24 @@ class Tally:
     """The latest failure with its traceback, shown when nothing succeeds."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Who speaks in a rollout, and under which prompts."""
+
+    prompts: dict[str, str]
+    routes: tuple[Route, ...]
+
+
+def spoken_by(routes: Sequence[Route], speakers: Mapping[str, str | None]) -> tuple[Route, ...]:
+    """Return the routes with other speakers: policy -> the policy in its place; `None`: its roles' own endpoint."""
+    changed: list[Route] = []
+    for route in routes:
+        speaker = speakers.get(route.model, route.model)
+        other = {"kept_roles": ("*",)} if speaker is None else {"model": speaker}
+        changed.append(msgspec.structs.replace(route, **other))
+    return tuple(changed)
+
+
 class RolloutRunner:
     """Runs rollouts to their end and writes every step of it to the store."""
 
@@ -80,6 +100,8 @@ class RolloutRunner:
     ) -> None:
         """Wire the parts; `observer(rollout=outcome)` is told of every finished rollout."""
         self.tally = Tally()
+        self.prompts: Mapping[str, str] = {}
+        """In force: role -> system prompt in place of the agent's own."""
         self.group_rewards = group_rewards
         self._observer = observer
         self._store = store
@@ -102,6 +124,8 @@ class RolloutRunner:
         *,
         versions: Mapping[str, int],
         finished: Callable[[Rollout, AttemptResult], None] | None = None,
+        prompts: Mapping[str, str] | None = None,
+        speakers: Mapping[str, str | None] | None = None,
     ) -> None:
         """Run these rollouts to a finished state; those that have one already are left alone.
 
@@ -111,6 +135,8 @@ class RolloutRunner:
             rollouts: new or known ones, in whole groups; their ids decide.
             versions: policy -> the version that samples now.
             finished: called as each ends, for progress.
+            prompts: role -> system prompt in place of the agent's own; default: those in force.
+            speakers: policy -> the policy that speaks for its roles; `None`: the app's own model.
 
         Raises:
             ConfigurationError: no attempt could succeed, such as one at an API that is not served.
@@ -123,6 +149,9 @@ class RolloutRunner:
         if self._renewer is None:
             self._renewer = asyncio.get_running_loop().create_task(self._renew_leases())
         by_id = {rollout.rollout_id: rollout for rollout in rollouts}
+        scene = Scene(
+            prompts=dict(self.prompts if prompts is None else prompts), routes=spoken_by(self._routes, speakers or {})
+        )
         waiting = list(by_id)
         while waiting:
             # Shielded: a start that the store has made must be known here, or nobody would ever queue it again.
@@ -131,7 +160,7 @@ class RolloutRunner:
             starting.add_done_callback(self._starting.discard)
             started = await asyncio.shield(starting)
             again = await _all(
-                [self._attempt(by_id[rollout_id], attempt, finished) for rollout_id, attempt in started.items()]
+                [self._attempt(by_id[rollout_id], attempt, scene, finished) for rollout_id, attempt in started.items()]
             )
             waiting = [rollout_id for rollout_id in again if rollout_id is not None]
         await self._refuse_unfinished(by_id)
@@ -174,10 +203,10 @@ class RolloutRunner:
             )
 
     async def _attempt(
-        self, rollout: Rollout, attempt: int, finished: Callable[[Rollout, AttemptResult], None] | None
+        self, rollout: Rollout, attempt: int, scene: Scene, finished: Callable[[Rollout, AttemptResult], None] | None
     ) -> str | None:
         """Run one attempt; return the rollout's id when it must be tried again."""
-        result = await self._execute(rollout, attempt)
+        result = await self._execute(rollout, attempt, scene)
         if result.infrastructure and result.error_type == ConfigurationError.__name__:
             raise ConfigurationError(f"rollout {rollout.rollout_id!r}: {result.error}")  # no attempt could succeed
         if result.infrastructure and attempt < self._rules.max_attempts:
@@ -202,14 +231,14 @@ class RolloutRunner:
         self._observer(rollout=outcome)
         return None
 
-    async def _execute(self, rollout: Rollout, attempt: int) -> AttemptResult:
+    async def _execute(self, rollout: Rollout, attempt: int, scene: Scene) -> AttemptResult:
         training = rollout.mode is Mode.TRAIN
         token = self._gateway.admit(
             Access(
                 rollout_id=rollout.rollout_id,
                 attempt=attempt,
                 models={p.name: p.sampling if training else p.eval_sampling for p in self._policies},
-                routes=self._routes,
+                routes=scene.routes,
                 timeout_seconds=self._rules.timeout_seconds,
             )
         )
@@ -222,7 +251,8 @@ class RolloutRunner:
             routing=Routing(
                 base_url=self._gateway.base_url,
                 token=token,
-                routes=self._routes,
+                routes=scene.routes,
+                prompts=scene.prompts,
                 on_lost_context=self._rules.on_lost_context,
             ),
         )

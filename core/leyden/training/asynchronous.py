@@ -23,6 +23,7 @@ from leyden.training.sampling import (
     Accept,
     Drawn,
     Sampler,
+    Speakers,
     TaskOrder,
     grouped,
     names_of,
@@ -150,7 +151,9 @@ class AsynchronousSampler(Sampler):
             await self._change()
         return oldest.group
 
-    async def draw(self, step: int, *, group_size: int, accept: Accept | None, most_batches: int) -> Drawn:
+    async def draw(
+        self, step: int, *, group_size: int, accept: Accept | None, most_batches: int, speakers: Speakers
+    ) -> Drawn:
         """Take finished groups, oldest first, but none whose place an unfinished older one needs."""
         self._group_size, self._step, self._done = group_size, step, step - 1
         await self._look_through_store(step)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from leyden.credit import Credit
 from leyden.errors import ConfigurationError, LeydenError
-from leyden.interfaces import Algorithm, Announces, RolloutRecords, Store
+from leyden.interfaces import Algorithm, Announces, RolloutRecords, Store, demands_of
 from leyden.roles import check_roles
 from leyden.running.agents import describe
 from leyden.spans import FINISHED, Checkpoint, Mode, Rollout
@@ -156,6 +156,9 @@ class Jobs:
             first_step=1 if checkpoint is None else checkpoint.step + 1,
             report_step=lambda step, metrics: self._sinks.step_finished(parts, step, metrics),
             report_progress=lambda info: self._sinks.progress(parts, info),
+            notice=self._sinks.notice,
+            prompts=plan.blueprint.prompts,
+            checkpoint_folder=None if checkpoint is None else folder / checkpoint.folder,
         )
 
     def _info(self, folder: Path, steps: int) -> dict[str, object]:
@@ -182,7 +185,8 @@ class Jobs:
             for line in parts.learner.notes():
                 self._sinks.notice(line)
         is_untrained = session.step == 0
-        if is_untrained:
+        demands = demands_of(self._plan.algorithm)
+        if is_untrained and demands.trains and demands.runs_agent:
             await self._preflight(session, parts)
         count = len(self._plan.val_tasks)
         is_due = is_untrained or await _is_evaluated(parts.store, 0, count)  # a stored one is only read again

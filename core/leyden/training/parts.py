@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from leyden.running.rollouts import RolloutRules, RolloutRunner
 from leyden.running.workers import WorkerExecutor
 from leyden.spans import Kind, Record, Span
 from leyden.sqlite import SQLiteStore
+from leyden.training.absent import NoEngine, NoExecutor, NoGateway
 from leyden.training.measuring import Meter
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ log = logging.getLogger(__name__)
 class Blueprint:
     """What the parts are made of; the same for every opening."""
 
-    agent: Agent | PerRollout | str
+    agent: Agent | PerRollout | str | None
+    """`None`: nothing is to be run."""
     reward: RewardFunction | str | None
     group_reward: GroupReward | None
     policies: Sequence[Policy]
@@ -43,6 +45,8 @@ class Blueprint:
     python: str | None
     seed: int
     exact_continuation: bool
+    prompts: Mapping[str, str | None]
+    """Role -> the prompt that is in force or to be improved; `None`: the agent's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,9 @@ async def opened(blueprint: Blueprint, store_path: Path) -> AsyncIterator[Parts]
         meter = Meter(store)
         # Named only where it is wanted, so that a gateway without it serves everybody else.
         options = {"exact_continuation": True} if blueprint.exact_continuation else {}
-        gateway: Gateway = blueprint.plugins.get("gateway", "http")(**options)
+        gateway: Gateway = (
+            NoGateway() if isinstance(engine, NoEngine) else blueprint.plugins.get("gateway", "http")(**options)
+        )
 
         async def heard(records: Sequence[Record]) -> None:
             await meter.record(records)
@@ -117,6 +123,8 @@ def choose_executor(blueprint: Blueprint) -> Executor:
         ConfigurationError: another interpreter is to run what only this process has.
     """
     agent, reward = blueprint.agent, blueprint.reward
+    if agent is None:
+        return NoExecutor()
     agent_path, reward_path = import_path(agent), None if reward is None else import_path(reward)
     is_importable = agent_path is not None and (reward is None or reward_path is not None)
     if blueprint.python is not None:

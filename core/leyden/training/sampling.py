@@ -20,8 +20,10 @@ from leyden.interfaces import Group, RolloutRecords, Store
 from leyden.spans import Mode, Rollout
 
 Accept = Callable[[Group], bool]
-Run = Callable[[Sequence[Rollout], str], Awaitable[Sequence[RolloutRecords]]]
-"""Runs rollouts to their end, under the name of a phase, and returns their records in the order given."""
+Speakers = Mapping[str, str | None]
+"""Policy -> the policy that speaks for its roles; `None`: the app's own model."""
+Run = Callable[[Sequence[Rollout], Speakers], Awaitable[Sequence[RolloutRecords]]]
+"""Runs rollouts to their end and returns their records in the order given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,9 @@ class Sampler(ABC):
         """Return one group that the next step will draw, sampled before any training."""
 
     @abstractmethod
-    async def draw(self, step: int, *, group_size: int, accept: Accept | None, most_batches: int) -> Drawn:
+    async def draw(
+        self, step: int, *, group_size: int, accept: Accept | None, most_batches: int, speakers: Speakers
+    ) -> Drawn:
         """Sample the groups of `step`."""
 
     @abstractmethod
@@ -175,10 +179,12 @@ class SynchronousSampler(Sampler):
 
     async def first(self, group_size: int) -> Group:
         """Sample the first group of step 1."""
-        [group] = await self._sample(1, self._order.of_step(1, self._tasks_per_step)[:1], group_size)
+        [group] = await self._sample(1, self._order.of_step(1, self._tasks_per_step)[:1], group_size, {})
         return group
 
-    async def draw(self, step: int, *, group_size: int, accept: Accept | None, most_batches: int) -> Drawn:
+    async def draw(
+        self, step: int, *, group_size: int, accept: Accept | None, most_batches: int, speakers: Speakers
+    ) -> Drawn:
         """Sample the step's tasks, then others in place of rejected ones until there are enough or too many."""
         wanted = self._order.of_step(step, self._tasks_per_step)
         others = self._order.more(step, wanted)
@@ -187,7 +193,7 @@ class SynchronousSampler(Sampler):
         rejected: list[Group] = []
         while wanted:
             left -= len(wanted)
-            for group in await self._sample(step, wanted, group_size):
+            for group in await self._sample(step, wanted, group_size, speakers):
                 (groups if accept is None or accept(group) else rejected).append(group)
             count = min(need - len(groups), left)
             wanted, others = others[:count], others[count:]
@@ -198,15 +204,16 @@ class SynchronousSampler(Sampler):
         times = await self._discarded(step)
         await self._store.put_meta(_discarded_key(step), str(times + 1))
 
-    async def _sample(self, step: int, indices: Sequence[int], group_size: int) -> list[Group]:
+    async def _sample(self, step: int, indices: Sequence[int], group_size: int, speakers: Speakers) -> list[Group]:
         times = await self._discarded(step)
         prefix = f"s{step}.{times}" if times else f"s{step}"
+        prefix += ".taught" if speakers else ""  # the look before training has sampled some of these without
         rollouts = [
             rollout
             for index in indices
             for rollout in planned(f"{prefix}-t{index}", self._tasks[index], index, step=step, group_size=group_size)
         ]
-        return grouped(await self._run(rollouts, "rollouts"))
+        return grouped(await self._run(rollouts, speakers))
 
     async def _discarded(self, step: int) -> int:
         return int(await self._store.get_meta(_discarded_key(step)) or 0)

@@ -21,10 +21,12 @@ from leyden.training import checkpoints
 from leyden.training.asynchronous import AsynchronousSampler, Rules
 from leyden.training.evaluation import Evaluation, evaluation_of
 from leyden.training.parts import Parts
+from leyden.training.prompts import Prompts
 from leyden.training.sampling import (
     Accept,
     Drawn,
     Sampler,
+    Speakers,
     SynchronousSampler,
     drawn_before,
     names_of,
@@ -57,8 +59,14 @@ class TrainingSession:
         first_step: int,
         report_step: Callable[[int, Mapping[str, float]], None],
         report_progress: Callable[[Mapping[str, object]], None],
+        notice: Callable[[str], None],
+        prompts: Mapping[str, str | None],
+        checkpoint_folder: Path | None = None,
     ) -> None:
+        """Go on from where the learner's weights, `versions` and `checkpoint_folder` stand; `notice` tells the user."""
         self.policies = policies
+        self.tasks = tasks
+        self.notice = notice
         self.total_steps = schedule.total_steps
         self.max_staleness = schedule.max_staleness
         self.step = first_step - 1
@@ -72,7 +80,6 @@ class TrainingSession:
         self._schedule = schedule
         self._credit = credit
         self._folder = folder
-        self._first_step = first_step
         self._report_step = report_step
         self._report_progress = report_progress
         self._saved_step = first_step - 1
@@ -84,6 +91,10 @@ class TrainingSession:
         self._uses = Uses(published)
         self._step_began = time.monotonic()
         self._turns = Turns(parts.engine, parts.learner)
+        self._prompts = Prompts(
+            prompts, store=parts.store, tasks=tasks, run=self._run_candidates, folder=checkpoint_folder
+        )
+        parts.runner.prompts = self._prompts.texts
         self._clock = Clock()
         self._sampler = self._new_sampler(tasks)
 
@@ -95,7 +106,7 @@ class TrainingSession:
                 tasks=tasks,
                 tasks_per_step=schedule.tasks_per_step,
                 seed=schedule.seed,
-                run=lambda rollouts, phase: self._run(rollouts, phase=phase),
+                run=lambda rollouts, speakers: self._run(rollouts, phase="rollouts", speakers=speakers),
             )
         return AsynchronousSampler(
             parts.store,
@@ -119,9 +130,9 @@ class TrainingSession:
         """True when a stop was requested before the last step."""
         return self.stop_requested and self.step < self.total_steps
 
-    async def steps(self) -> AsyncIterator[int]:
+    async def steps(self, until: int | None = None) -> AsyncIterator[int]:
         """Yield the steps still to do; ends early, with a checkpoint, when a stop was requested."""
-        for step in range(self._first_step, self.total_steps + 1):
+        for step in range(self.step + 1, (self.total_steps if until is None else until) + 1):
             if self.stop_requested:
                 break
             self.step, self._step_began = step, time.monotonic()
@@ -132,7 +143,13 @@ class TrainingSession:
             await self.checkpoint(self.step)
 
     async def sample(
-        self, step: int, *, group_size: int, accept: Accept | None = None, most_batches: int = 1
+        self,
+        step: int,
+        *,
+        group_size: int,
+        accept: Accept | None = None,
+        most_batches: int = 1,
+        speakers: Speakers | None = None,
     ) -> Sequence[Group]:
         """Return the step's groups, and record that it takes them; a step that was recorded takes the same again.
 
@@ -142,7 +159,9 @@ class TrainingSession:
         started = time.monotonic()
         drawn = await drawn_before(self._parts.store, step)
         if drawn is None:
-            drawn = await self._sampler.draw(step, group_size=group_size, accept=accept, most_batches=most_batches)
+            drawn = await self._sampler.draw(
+                step, group_size=group_size, accept=accept, most_batches=most_batches, speakers=speakers or {}
+            )
             every = [*drawn.groups, *drawn.rejected]
             try:
                 refuse_all_failed([one.rollout for group in every for one in group.rollouts], self._parts.runner.tally)
@@ -194,6 +213,45 @@ class TrainingSession:
             self._uses.transitions(policy.name, group.group_id, own)
             found += own
         return found
+
+    # ---- prompts -----------------------------------------------------------------------------------------------
+
+    async def seed_prompts(self) -> Mapping[str, str]:
+        """Return the prompts to improve as they are now; those that nobody told are read from rollouts."""
+        return await self._prompts.seeds(self.versions)
+
+    async def try_prompts(self, prompts: Mapping[str, str], tasks: Sequence[int]) -> Sequence[RolloutRecords]:
+        """Run training tasks under these prompts, or take what the store has of it."""
+        return await self._prompts.attempt(prompts, tasks, self.versions)
+
+    async def is_tried(self, prompts: Mapping[str, str], tasks: Sequence[int]) -> Sequence[bool]:
+        """Say of which of these tasks the store has the rollout."""
+        return await self._prompts.is_tried(prompts, tasks, self.versions)
+
+    async def publish_prompts(self, prompts: Mapping[str, str]) -> None:
+        """Put prompts in force for every later rollout."""
+        await self._prompts.publish(prompts)
+        self._parts.runner.prompts = self._prompts.texts
+
+    async def _run_candidates(self, planned: Sequence[Rollout], prompts: Mapping[str, str]) -> Sequence[RolloutRecords]:
+        """Run candidates' rollouts; the algorithm itself shows how far its search is."""
+        await self._turns.engine()
+        await self._parts.runner.run(planned, versions=self.versions, prompts=prompts)
+        return await self._parts.store.records([rollout.rollout_id for rollout in planned])
+
+    async def get_note(self, key: str) -> str | None:
+        """Return what `put_note` kept in the run's store."""
+        return await self._parts.store.get_meta(f"note/{key}")
+
+    async def put_note(self, key: str, value: str) -> None:
+        """Keep a text in the run's store."""
+        await self._parts.store.put_meta(f"note/{key}", value)
+
+    def progress(self, phase: str, done: int, of: int) -> None:
+        """Show how far the step under way is."""
+        self._report(phase, done, of, time.monotonic() - self._step_began)
+
+    # ---- transitions and updates -------------------------------------------------------------------------------
 
     def staleness(self, transition: Transition) -> int:
         """Return how many updates its policy has had since the transition was sampled."""
@@ -323,6 +381,7 @@ class TrainingSession:
             step=step,
             policies=self.policies,
             versions=self.versions,
+            prompts=self._prompts.in_force,
             keep=self._schedule.keep_checkpoints,
         )
         self._saved_step = step
@@ -332,7 +391,9 @@ class TrainingSession:
         await self._sampler.close()
         await self._turns.engine()
 
-    async def _run(self, planned: Sequence[Rollout], *, phase: str) -> Sequence[RolloutRecords]:
+    async def _run(
+        self, planned: Sequence[Rollout], *, phase: str, speakers: Speakers | None = None
+    ) -> Sequence[RolloutRecords]:
         done = 0
         started = time.monotonic()
 
@@ -342,7 +403,7 @@ class TrainingSession:
             self._report(phase, done, len(planned), time.monotonic() - started)
 
         await self._turns.engine()
-        await self._parts.runner.run(planned, versions=self.versions, finished=finished)
+        await self._parts.runner.run(planned, versions=self.versions, finished=finished, speakers=speakers)
         return await self._parts.store.records([rollout.rollout_id for rollout in planned])
 
     def _report(self, phase: str, done: int, of: int, seconds: float) -> None:

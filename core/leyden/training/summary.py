@@ -185,6 +185,7 @@ def run_record(blueprint: Blueprint, *, algorithm: object) -> dict[str, object]:
         "agent": _readable(describe(blueprint.agent)),
         "base_model": str(blueprint.engine.model),
         "base_sha256": blueprint.engine.sha256(RESERVED_MODEL),
+        "prompts": dict(blueprint.prompts),
         "policies": {
             policy.name: {
                 "roles": None if policy.roles is None else list(policy.roles),

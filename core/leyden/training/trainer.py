@@ -25,9 +25,10 @@ from leyden.interfaces import (
     RewardFunction,
     RolloutRecords,
     able_to_continue,
+    demands_of,
 )
 from leyden.looping import Job, LoopThread
-from leyden.plugins import load_plugins
+from leyden.plugins import Plugins, load_plugins
 from leyden.rewards import DEFAULT_REWARD, check_weights
 from leyden.roles import Policy, routes_for
 from leyden.running.agents import PerRollout, as_agent, load_function
@@ -39,6 +40,8 @@ from leyden.running.workers import GUARD_HINT
 from leyden.show import span_tree
 from leyden.stepwise import PerPolicy, Stepwise
 from leyden.training import runfolder
+from leyden.training.absent import NoEngine, NoLearner
+from leyden.training.checks import check_demands, wanted_prompts
 from leyden.training.evaluation import Evaluation
 from leyden.training.jobs import Jobs, Plan
 from leyden.training.parts import Blueprint
@@ -60,12 +63,13 @@ class Trainer:
 
     def __init__(
         self,
-        agent: Agent | PerRollout | str,
+        agent: Agent | PerRollout | str | None,
         *,
-        tasks: Sequence[object],
-        policies: Sequence[Policy],
-        engine: Engine,
         algorithm: Algorithm | Mapping[str, Stepwise],
+        tasks: Sequence[object] = (),
+        policies: Sequence[Policy] = (),
+        engine: Engine | None = None,
+        prompts: Mapping[str, str] | Sequence[str] = (),
         val_tasks: Sequence[object] = (),
         reward: RewardFunction | str | None = None,
         group_reward: GroupReward | str | None = None,
@@ -94,11 +98,13 @@ class Trainer:
 
         Args:
             agent: an async function, a sync function, or a class or `leyden.per_rollout(factory)` (one instance a
-                rollout), called with a task; `leyden.Command([...])`; or the name `module:function` of one.
+                rollout), called with a task; `leyden.Command([...])`; or the name `module:function` of one; `None`
+                for an algorithm that runs nothing.
+            algorithm: for example `GRPO(group_size=8)`; or one a policy, by the policies' names.
             tasks: what to train on; JSON values.
             policies: trainable weights and their roles; the first that matches a role takes it.
-            engine: samples; it is not stopped by the trainer.
-            algorithm: for example `GRPO(group_size=8)`; or one a policy, by the policies' names.
+            engine: samples; it is not stopped by the trainer. Not needed without policies.
+            prompts: roles whose system prompts an algorithm may improve, or role -> the prompt to begin with.
             val_tasks: held out; evaluated before and after, and `evaluate_every` steps.
             reward: (task, output, rollout) -> float or named floats, when the agent does not return its reward.
             group_reward: (task, rollouts of one group) -> one float, named floats or None a rollout, called in this
@@ -132,10 +138,20 @@ class Trainer:
             ConfigurationError: an option, or a combination of options, that cannot work.
             DatasetError: tasks that are empty or not JSON values.
         """
-        runner = as_agent(agent)
+        runner = None if agent is None else as_agent(agent)
         routes_for(policies)
-        if not any(policy.trainable for policy in policies):
+        chosen = per_policy(algorithm) if isinstance(algorithm, Mapping) else algorithm
+        demands = demands_of(chosen)
+        wanted = wanted_prompts(prompts)
+        if demands.trains and not any(policy.trainable for policy in policies):
             raise ConfigurationError("no policy is trainable; give at least one Policy(name, roles=[...])")
+        check_demands(demands, agent=agent, has_engine=engine is not None, policies=policies, prompts=wanted)
+        if agent is None and val_tasks:
+            raise ConfigurationError("val_tasks are to be run, but there is no agent; give Trainer(agent, ...)")
+        if demands.synchronous and max_staleness:
+            raise ConfigurationError(
+                f"{chosen!r} samples nothing ahead of a step, but max_staleness={max_staleness!r}; use 0"
+            )
         if max_staleness < 0 or max_staleness % 1:
             raise ConfigurationError(f"max_staleness must be a whole number, 0 or more, got {max_staleness!r}")
         if tasks_per_step < 1 or checkpoint_every < 1 or keep_checkpoints < 1 or workers < 0 or concurrency < 1:
@@ -144,16 +160,16 @@ class Trainer:
                 f"keep_checkpoints={keep_checkpoints!r} and concurrency={concurrency!r} must be at least 1, "
                 f"workers={workers!r} at least 0"
             )
+        engine = NoEngine() if engine is None else engine
         check_turns(engine, max_staleness)
         if exact_continuation:
             able_to_continue(engine)
         weights = dict(reward_weights or {DEFAULT_REWARD: 1.0})
         check_weights(weights)
-        chosen = per_policy(algorithm) if isinstance(algorithm, Mapping) else algorithm
         chosen.check(policies)
         self.run_folder = Path(run) if run else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-        checked = checked_tasks(tasks, name="tasks")
-        if tasks_per_step > len(checked):
+        checked = checked_tasks(tasks, name="tasks", may_be_empty=not demands.runs_agent)
+        if demands.runs_agent and demands.trains and tasks_per_step > len(checked):
             raise DatasetError(f"tasks_per_step={tasks_per_step!r} exceeds the {len(checked)} tasks")
         plugins = load_plugins()
         blueprint = Blueprint(
@@ -162,7 +178,7 @@ class Trainer:
             group_reward=load_function(group_reward) if isinstance(group_reward, str) else group_reward,
             policies=tuple(policies),
             engine=engine,
-            learner=plugins.get("learner", learner)() if isinstance(learner, str) else learner,
+            learner=NoLearner() if not policies else as_learner(learner, plugins),
             plugins=plugins,
             rules=RolloutRules(
                 timeout_seconds=timeout_seconds,
@@ -177,6 +193,7 @@ class Trainer:
             python=None if python is None else interpreter(python),
             seed=seed,
             exact_continuation=exact_continuation,
+            prompts=wanted,
         )
         schedule = Schedule(
             total_steps=0,
@@ -199,13 +216,15 @@ class Trainer:
                 sinks=Sinks(sinks, plugins),
             )
         )
+        self.algorithm = chosen
         self._loop: LoopThread | None = None
 
-    def fit(self, steps: int, *, resume: bool = False) -> dict[str, object]:
+    def fit(self, steps: int | None = None, *, resume: bool = False) -> dict[str, object]:
         """Train for `steps` steps in all; return the summary that is also in `summary.json`.
 
         Args:
-            steps: total number of steps of the run, those before a resume included.
+            steps: total number of steps of the run, those before a resume included; an algorithm that knows itself how
+                many it takes needs none.
             resume: go on from the run folder's latest checkpoint.
 
         Raises:
@@ -213,7 +232,7 @@ class Trainer:
         """
         return self._block(self._fit(steps, resume=resume))
 
-    async def afit(self, steps: int, *, resume: bool = False) -> dict[str, object]:
+    async def afit(self, steps: int | None = None, *, resume: bool = False) -> dict[str, object]:
         """Do what `fit` does, for awaiting in a running loop."""
         return await self._submit(self._fit(steps, resume=resume)).wait()
 
@@ -250,12 +269,28 @@ class Trainer:
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
-    async def _fit(self, steps: int, *, resume: bool) -> dict[str, object]:
+    async def _fit(self, steps: int | None, *, resume: bool) -> dict[str, object]:
+        steps = self._steps(steps)
         asked = os.environ.pop(runfolder.RESUME_VARIABLE, None)  # once: a script may fit a second trainer
         if asked:
             self.run_folder, resume = Path(asked), True
             steps = int(os.environ.pop(runfolder.RESUME_STEPS_VARIABLE, steps))
         return await self._jobs.fit(self.run_folder, steps, resume=resume)
+
+    def _steps(self, asked: int | None) -> int:
+        """Return how many steps to take.
+
+        Raises:
+            ConfigurationError: neither the user nor the algorithm says, or they differ.
+        """
+        own = demands_of(self.algorithm).steps
+        if own is None and asked is None:
+            raise ConfigurationError(f"{self.algorithm!r} goes on for as long as it is told; say fit(steps=...)")
+        if own is not None and asked not in (None, own):
+            raise ConfigurationError(
+                f"{self.algorithm!r} takes {own} steps, but fit was asked for {asked!r}; say fit()"
+            )
+        return own if asked is None else asked  # type: ignore[return-value]  # one of them is given
 
     def _submit(self, work: Coroutine[object, object, Result]) -> Job[Result]:
         if is_worker() or is_being_imported_by_worker():
@@ -278,6 +313,14 @@ class Trainer:
                     raise
                 session.stop_requested = True
                 print("\nFinishing what is under way, then a checkpoint; Ctrl-C again stops at once.", flush=True)
+
+
+def as_learner(learner: str | Learner, plugins: Plugins) -> Learner:
+    """Return a learner that was given by name or as an object."""
+    if not isinstance(learner, str):
+        return learner
+    found: Learner = plugins.get("learner", learner)()
+    return found
 
 
 def per_policy(algorithms: Mapping[str, object]) -> PerPolicy:
