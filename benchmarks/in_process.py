@@ -147,6 +147,7 @@ class Run:
     """Sampled for training."""
     step: int = 0
     """The step under way; 0 before the first."""
+    stop_requested: bool = False
     metrics: list[Mapping[str, float]] = field(default_factory=list)
 
     async def open(self) -> None:
@@ -178,16 +179,28 @@ class Run:
         )
         return [self.scores[records.rollout.rollout_id] for records in found]
 
-    async def steps(self) -> AsyncIterator[int]:
-        """Yield the steps."""
-        for step in range(1, self.total_steps + 1):
+    async def steps(self, until: int | None = None) -> AsyncIterator[int]:
+        """Yield the steps still to do."""
+        for step in range(self.step + 1, (self.total_steps if until is None else until) + 1):
             self.step = step
             yield step
 
     async def sample(
-        self, step: int, *, group_size: int, accept: Callable[[Group], bool] | None = None, most_batches: int = 1
+        self,
+        step: int,
+        *,
+        group_size: int,
+        accept: Callable[[Group], bool] | None = None,
+        most_batches: int = 1,
+        speakers: Mapping[str, str | None] | None = None,
     ) -> Sequence[Group]:
-        """Run the step's tasks; rejected groups are replaced by those of further tasks."""
+        """Run the step's tasks; rejected groups are replaced by those of further tasks. Policies speak for themselves.
+
+        Raises:
+            ValueError: others are to speak.
+        """
+        if speakers:
+            raise ValueError(f"policies speak for themselves here, got {dict(speakers)!r}")
         kept: list[Group] = []
         scores: list[float] = []
         for batch in range(most_batches):

@@ -17,9 +17,9 @@ errors extras redaction
 spans roles context lastcall activity usage looping
 hookspecs plugins interfaces ownership
 sqlite
-tokentree layouts credit calltree mdp metrics stepwise rewards
+tokentree layouts credit calltree mdp demonstrations metrics stepwise chain rewards
 patching wire endpoints instrumentation
-running spantree show training
+running feedback recording spantree show training
 deploying __init__ testing
 doctor cli __main__
 """
@@ -28,7 +28,7 @@ CORE_ORDER = tuple(ORDER.split())
 
 CORE_THIRD_PARTIES = {"pluggy", "msgspec"}
 TORCH_FOLDERS = {"engines", "learners", "torch_models"}
-SHARED = {"torch_models": {"engines", "learners"}, "chat": {"engines"}}
+SHARED = {"torch_models": {"engines", "learners"}, "chat": {"engines", "rewards", "algorithms"}}
 """Folders that are no plugin of their own, and who may import them."""
 
 

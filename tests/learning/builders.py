@@ -174,12 +174,18 @@ class RecordedSession:
     finished: list[Mapping[str, float]] = field(default_factory=list)
     asked_group_size: int = 0
 
-    async def steps(self) -> AsyncIterator[int]:
-        for step in range(1, self.total_steps + 1):
+    async def steps(self, until: int | None = None) -> AsyncIterator[int]:
+        for step in range(1, (self.total_steps if until is None else until) + 1):
             yield step
 
     async def sample(
-        self, step: int, *, group_size: int, accept: Callable[[Group], bool] | None = None, most_batches: int = 1
+        self,
+        step: int,
+        *,
+        group_size: int,
+        accept: Callable[[Group], bool] | None = None,
+        most_batches: int = 1,
+        speakers: Mapping[str, str | None] | None = None,
     ) -> Sequence[Group]:
         self.asked_group_size = group_size
         found = self.groups(step)

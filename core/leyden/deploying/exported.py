@@ -7,11 +7,10 @@ from pathlib import Path
 import msgspec
 
 from leyden.errors import ConfigurationError
+from leyden.training.runfolder import POLICIES as POLICIES
 
 EXPORT_FILE = "leyden.json"
 EXPORT_SCHEMA = 1
-POLICIES = "policies"
-"""The folder of Hugging Face folders, one a policy, in exports and in checkpoints."""
 ADAPTER_CONFIG = "adapter_config.json"
 """PEFT's file beside the tensors of a LoRA; a folder of whole weights has none."""
 

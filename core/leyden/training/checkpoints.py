@@ -8,14 +8,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from leyden.deploying.exported import POLICIES
 from leyden.interfaces import Learner
 from leyden.roles import Policy
 from leyden.spans import Checkpoint, new_id, now_ns
 from leyden.training import prompts as prompt_files
 from leyden.training.parts import Parts
 from leyden.training.prompts import Prompt
-from leyden.training.runfolder import PARTIAL, checkpoint_folder, drop_old_checkpoints
+from leyden.training.runfolder import PARTIAL, POLICIES, checkpoint_folder, drop_old_checkpoints
 
 
 async def write(

@@ -22,6 +22,8 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
+POLICIES = "policies"
+"""The folder of Hugging Face folders, one a policy, in checkpoints and in exports."""
 
 PARTIAL = ".partial"
 """Ends the name of what is still being written."""
