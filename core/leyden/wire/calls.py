@@ -8,6 +8,7 @@ under the same open span is a call of its own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
@@ -86,6 +87,8 @@ class ModelCall:
             if digest == self.digest:
                 sent[call.span_id] = (digest, count + 1)
                 self.span, self.http_attempt = call, count
+                if self.prompt is not None:  # the adapter has seen the agent's own
+                    call.attributes["gen_ai.input.messages"] = self.asked()
                 return
         model = self.body.get("model")
         self.span = rollout.open(Kind.MODEL_CALL, f"chat {model}" if model else "chat", self.role, parent_id)
@@ -95,9 +98,17 @@ class ModelCall:
             {
                 "gen_ai.operation.name": "text_completion" if self.protocol.dialect == "completions" else "chat",
                 "gen_ai.request.model": model,
-                "gen_ai.input.messages": input_of(self.body),
+                "gen_ai.input.messages": self.asked(),
             }
         )
+
+    def asked(self) -> object:
+        """Return what the model is asked, under the prompt that is in force."""
+        body = dict(self.body)
+        if self.prompt is not None:
+            with contextlib.suppress(ConfigurationError):  # which is raised where the call is sent
+                set_prompt(body, self.protocol, self.prompt)
+        return input_of(body)
 
     # ---- the request -------------------------------------------------------------------------------------------
 
