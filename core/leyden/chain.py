@@ -7,7 +7,7 @@ next one begins with.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from leyden.errors import ConfigurationError
@@ -26,6 +26,8 @@ class Phase:
     algorithm: Algorithm
     steps: int | None = None
     """`None`: as many as the algorithm takes by itself."""
+    learning_rate: float | None = None
+    """In place of the policies' own: fine-tuning often wants another one than RL."""
 
     def __post_init__(self) -> None:
         own = demands_of(self.algorithm).steps
@@ -33,6 +35,8 @@ class Phase:
             raise ConfigurationError(f"Phase({self.algorithm!r}) needs steps=")
         if self.steps is not None and self.steps < 1:
             raise ConfigurationError(f"steps={self.steps!r} of a phase must be at least 1")
+        if self.learning_rate is not None and not self.learning_rate >= 0:
+            raise ConfigurationError(f"learning_rate={self.learning_rate!r} of a phase must be at least 0")
         if self.steps is not None and own is not None and self.steps != own:
             raise ConfigurationError(f"{self.algorithm!r} takes {own} steps by itself; leave steps={self.steps!r} out")
 
@@ -94,15 +98,18 @@ class Chain:
         for phase in self.phases:
             end += phase.length
             if session.step < end and not session.stop_requested:
-                await phase.algorithm.run(cast(Session, _Part(session, end)))
+                await phase.algorithm.run(cast(Session, _Part(session, phase, end)))
 
 
 class _Part:
-    """A session with the steps of one phase."""
+    """A session with the steps and the learning rate of one phase."""
 
-    def __init__(self, session: Session, end: int) -> None:
+    def __init__(self, session: Session, phase: Phase, end: int) -> None:
         self._session = session
         self._end = end
+        rate = phase.learning_rate
+        own = session.policies
+        self.policies = own if rate is None else [replace(policy, learning_rate=rate) for policy in own]
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._session, name)

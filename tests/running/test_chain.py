@@ -99,6 +99,25 @@ def test_a_stop_in_one_phase_does_not_begin_the_next(tmp_path: Path) -> None:
     assert (first.steps, second.steps) == ([1], [])
 
 
+def test_a_phase_may_have_a_learning_rate_of_its_own(tmp_path: Path) -> None:
+    class Rates(CountingLearner):
+        def optim_step(self, policy: str, learning_rate: float) -> Mapping[str, float]:
+            rates.append(learning_rate)
+            return super().optim_step(policy, learning_rate)
+
+    rates: list[float] = []
+    chain = leyden.Chain(
+        leyden.Phase(RejectionSampling(group_size=2), steps=1, learning_rate=0.5),
+        leyden.Phase(GRPO(group_size=2), steps=1),
+    )
+    policies = [leyden.Policy("me", learning_rate=0.25)]
+    with small_trainer(tmp_path / "run", algorithm=chain, learner=Rates(), policies=policies) as trainer:
+        trainer.fit()
+    assert rates == [0.5, 0.25]
+    with pytest.raises(ConfigurationError, match="learning_rate=-1"):
+        leyden.Phase(GRPO(), steps=1, learning_rate=-1)
+
+
 def test_a_chain_asks_for_what_its_phases_ask_for() -> None:
     class Prompts(Listens):
         demands = Demands(steps=1, trains=False, prompts=True)
