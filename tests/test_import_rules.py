@@ -17,7 +17,7 @@ errors extras redaction
 spans roles context lastcall activity usage looping
 hookspecs plugins interfaces ownership
 sqlite
-tokentree layouts credit calltree mdp demonstrations metrics stepwise chain rewards
+tokentree layouts credit calltree mdp conversations demonstrations metrics stepwise chain rewards
 patching wire endpoints instrumentation
 running feedback recording spantree show training
 deploying __init__ testing

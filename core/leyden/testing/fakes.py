@@ -119,6 +119,14 @@ class FakeEngine:
         lines += [f"{message['role']}: {message.get('content') or ''}" for message in request.messages]
         return self.encode("\n".join([*lines, "assistant: "]))
 
+    def tokenised(
+        self, request: GenerationRequest, answer: Mapping[str, object]
+    ) -> tuple[Sequence[int], Sequence[int]] | None:
+        """Return the tokens of a prompt and of an answer that somebody gave, as if it had been scripted."""
+        calls = answer.get("tool_calls")
+        written = "".join(json.dumps(call) for call in calls) if isinstance(calls, list | tuple) else ""
+        return self.prompt(request), [*self.encode(f"{answer.get('content') or ''}{written}"), END_TOKEN]
+
     async def generate(self, request: GenerationRequest) -> Generation:
         """Begin an answer.
 

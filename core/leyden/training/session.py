@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from leyden import mdp
 from leyden.credit import Credit
+from leyden.demonstrations import Source, demonstrations
 from leyden.errors import RolloutError
-from leyden.interfaces import AttemptResult, Batch, Group, RolloutRecords, Transition
+from leyden.interfaces import AttemptResult, Batch, Group, RolloutRecords, Tokenises, Transition
 from leyden.metrics import over_batches
 from leyden.roles import Policy
 from leyden.running.rollouts import refuse_all_failed
@@ -89,6 +91,8 @@ class TrainingSession:
         self._drawn = Drawn(groups=())
         """By the step under way."""
         self._uses = Uses(published)
+        self._told: set[str] = set()
+        """Why calls were left out of the demonstrations, as far as the user knows."""
         self._step_began = time.monotonic()
         self._turns = Turns(parts.engine, parts.learner)
         self._prompts = Prompts(
@@ -213,6 +217,47 @@ class TrainingSession:
             self._uses.transitions(policy.name, group.group_id, own)
             found += own
         return found
+
+    async def demonstrations(
+        self, groups: Sequence[Group], policy: Policy, *, exact: bool = True
+    ) -> Sequence[Transition]:
+        """Return the calls of the policy's roles, whoever answered them; say once of each kind why calls are left out.
+
+        Raises:
+            ConfigurationError: calls must be tokenised anew and the engine cannot.
+        """
+        engine = self._parts.engine
+        source = Source(
+            policy=policy,
+            policies=self.policies,
+            tokenise=engine.tokenised if isinstance(engine, Tokenises) else None,
+            exact=exact,
+            most_tokens=engine.context_length,
+        )
+        found, unusable = await asyncio.to_thread(self._demonstrations, groups, source)
+        for group in groups:
+            self._uses.transitions(policy.name, group.group_id, ())
+        for reason in unusable.keys() - self._told:
+            self._told.add(reason)
+            self.notice(
+                f"{unusable[reason]} calls of policy {policy.name!r} cannot be imitated and are left out: {reason}"
+            )
+        return found
+
+    def _demonstrations(self, groups: Sequence[Group], source: Source) -> tuple[list[Transition], Counter[str]]:
+        found: list[Transition] = []
+        unusable: Counter[str] = Counter()
+        for records in (one for group in groups for one in group.rollouts):
+            shown = demonstrations(
+                records,
+                source,
+                credit=self._credit,
+                mask_overlong=self._schedule.mask_overlong,
+                reward_weights=self._parts.runner.reward_weights,
+            )
+            found += shown.transitions
+            unusable += shown.unusable
+        return found, unusable
 
     # ---- prompts -----------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from leyden.errors import ConfigurationError, DeadlineExceeded, EngineError
 from leyden.roles import Route, Routing
 from leyden.spans import Kind, Status
 from leyden.wire.answers import Answer
-from leyden.wire.protocols import Place, input_of, set_prompt
+from leyden.wire.protocols import Place, input_of, set_prompt, told_beside
 from leyden.wire.reading import read_answer
 from leyden.wire.state import WIRE
 
@@ -87,6 +87,7 @@ class ModelCall:
             if digest == self.digest:
                 sent[call.span_id] = (digest, count + 1)
                 self.span, self.http_attempt = call, count
+                call.attributes.update(told_beside(self.body))
                 if self.prompt is not None:  # the adapter has seen the agent's own
                     call.attributes["gen_ai.input.messages"] = self.asked()
                 return
@@ -99,6 +100,7 @@ class ModelCall:
                 "gen_ai.operation.name": "text_completion" if self.protocol.dialect == "completions" else "chat",
                 "gen_ai.request.model": model,
                 "gen_ai.input.messages": self.asked(),
+                **told_beside(self.body),
             }
         )
 

@@ -155,3 +155,14 @@ def input_of(body: Mapping[str, object]) -> object:
         return asked
     messages = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
     return [{"role": "system", "content": instructions}, *messages]
+
+
+def told_beside(body: Mapping[str, object]) -> dict[str, object]:
+    """Return what a span says of a request beside its messages: its tools, and which answer its server goes on from."""
+    choice = body.get("tool_choice")
+    is_off = choice == "none" or (isinstance(choice, dict) and choice.get("type") == "none")
+    told = {
+        "gen_ai.tool.definitions": None if is_off else body.get("tools"),
+        "leyden.previous_response": body.get("previous_response_id") or body.get("conversation"),
+    }
+    return {name: value for name, value in told.items() if value}

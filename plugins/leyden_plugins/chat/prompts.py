@@ -5,7 +5,7 @@ One idea: all engines share it, so one conversation has one prompt, whichever en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,6 +53,23 @@ class Prompts:
         """
         tools = () if request.tool_choice == "none" else request.tools
         return self.chat.continuation(request.messages, answered, answer_ids, tools=tools, ends=self.eos)
+
+    def tokenised(
+        self, request: GenerationRequest, answer: Mapping[str, object]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Return the tokens of a prompt and of an answer that somebody gave, as this model would have had to say it.
+
+        `None` where the chat template cannot say which of its tokens are the answer's.
+
+        Raises:
+            ConfigurationError: the chat template refuses these messages.
+        """
+        from leyden_plugins.chat.imitation import answer_tokens  # as above: loads templates
+
+        prompt = self.prompt(request)
+        tools = () if request.tool_choice == "none" else request.tools
+        found = answer_tokens(self.chat, prompt, request.messages, answer, tools=tools, ends=self.eos)
+        return None if found is None else (prompt, found)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Spell tokens, special ones included: what a log-probability stands beside."""

@@ -116,7 +116,7 @@ class Chat:
         """
         turns = [self._message(message) for message in messages]
         turns[answered] = {"role": "assistant", "content": ""}
-        probe = _absent(PROBE_ANSWER, msgspec.json.encode((turns, tools)).decode())
+        probe = absent(PROBE_ANSWER, msgspec.json.encode((turns, tools)).decode())
         turns[answered]["content"] = probe
         try:
             text = self._render(turns, tools, ask=True)
@@ -130,6 +130,25 @@ class Chat:
             is_ended = tokens[0] == answer_ids[-1] or (tokens[0] in ends and answer_ids[-1] in ends)
             tokens = tokens[1:] if is_ended else tokens
         return tuple(tokens)
+
+    def turn(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        answer: Mapping[str, object],
+        *,
+        tools: Sequence[Mapping[str, object]],
+    ) -> tuple[str, str] | None:
+        """Return the prompt's text and what the template writes behind it for `answer`, up to the end of all.
+
+        `None`: the template asks for an answer with words that it leaves out once the answer is there.
+
+        Raises:
+            ConfigurationError: the template refuses these messages.
+        """
+        asked = [self._message(message) for message in messages]
+        before = self._render(asked, tools, ask=True)
+        whole = self._render([*asked, self._message(answer)], tools, ask=False)
+        return (before, whole[len(before) :]) if whole.startswith(before) else None
 
     def parse(self, text: str) -> Parsed:
         """Split an answer at its first tool call; an answer without a well-formed one is all text."""
@@ -198,7 +217,7 @@ class Chat:
                 return
 
 
-def _absent(word: str, text: str) -> str:
+def absent(word: str, text: str) -> str:
     """Return `word`, with a number behind it where `text` holds it already: the first that is not there."""
     numbered = (f"{word}_{number}" for number in itertools.count())
     return next(found for found in itertools.chain([word], numbered) if found not in text)

@@ -145,6 +145,8 @@ class Call:
         if self.request is not None:
             attributes["gen_ai.input.messages"] = self._read_by_model(self.request)
             attributes["gen_ai.output.messages"] = [choice.spoken for choice in self._answer.choices]
+            if self.request.tools and self.request.tool_choice != "none":
+                attributes["gen_ai.tool.definitions"] = list(self.request.tools)
         return Span(
             span_id=completion.span_id,
             parent_id=self.caller.parent_id,

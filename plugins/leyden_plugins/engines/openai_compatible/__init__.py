@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -237,6 +237,19 @@ class OpenAICompatibleEngine:
             EngineError: the engine is not running.
         """
         return self._started().prompts.continuation(request, answered, answer_ids)
+
+    def tokenised(
+        self, request: GenerationRequest, answer: Mapping[str, object]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Return the tokens of a request's prompt and of an answer that somebody gave to it, its end included.
+
+        `None` where the chat template cannot say which of its tokens are the answer's.
+
+        Raises:
+            ConfigurationError: the chat template refuses these messages.
+            EngineError: the engine is not running.
+        """
+        return self._started().prompts.tokenised(request, answer)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Spell tokens, special ones included.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -205,6 +205,19 @@ class TransformersEngine:
             EngineError: the engine is not running.
         """
         return self._started().prompts.continuation(request, answered, answer_ids)
+
+    def tokenised(
+        self, request: GenerationRequest, answer: Mapping[str, object]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Return the tokens of a request's prompt and of an answer that somebody gave to it, its end included.
+
+        `None` where the chat template cannot say which of its tokens are the answer's.
+
+        Raises:
+            ConfigurationError: the chat template refuses these messages.
+            EngineError: the engine is not running.
+        """
+        return self._started().prompts.tokenised(request, answer)
 
     async def publish(self, policy: str, version: int, weights: Weights) -> None:
         """Serve a copy of `weights` for requests that begin after this returns; running ones keep theirs.

@@ -271,6 +271,19 @@ class VLLMEngine:
         """
         return self._started().facts.prompts.continuation(request, answered, answer_ids)
 
+    def tokenised(
+        self, request: GenerationRequest, answer: Mapping[str, object]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Return the tokens of a request's prompt and of an answer that somebody gave to it, its end included.
+
+        `None` where the chat template cannot say which of its tokens are the answer's.
+
+        Raises:
+            ConfigurationError: the chat template refuses these messages.
+            EngineError: the engine is not running.
+        """
+        return self._started().facts.prompts.tokenised(request, answer)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Spell tokens, special ones included: what a log-probability stands beside.
 
