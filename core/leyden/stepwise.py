@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar
 
@@ -42,6 +42,10 @@ class Stepwise(ABC):
         """Return what chooses groups while only these policies are trained."""
         return self
 
+    def taught(self, policies: Sequence[Policy]) -> Mapping[str, str | None]:
+        """Return `speakers` while a step is sampled that trains these policies."""
+        return self.speakers
+
     def check(self, policies: Sequence[Policy]) -> None:
         """Refuse a run with nothing to train.
 
@@ -55,22 +59,22 @@ class Stepwise(ABC):
         """Sample, improve each trainable policy, finish the step; until the session has no more steps."""
         several = sum(policy.trainable for policy in session.policies) > 1
         async for step in session.steps():
-            chooser = self.among([policy for policy in session.policies if policy.is_trained_at(step)])
+            learning = [policy for policy in session.policies if policy.is_trained_at(step)]
+            chooser = self.among(learning)
             groups = await session.sample(
                 step,
                 group_size=self.group_size,
                 accept=chooser.accepts if chooser.most_batches > 1 else None,
                 most_batches=chooser.most_batches,
-                speakers=self.speakers,
+                speakers=self.taught(learning),
             )
             metrics = reward_metrics(groups) | rollout_metrics(groups)
-            for policy in session.policies:
-                if policy.is_trained_at(step):
-                    measured = dict(await self.improve(session, policy, groups, step))
-                    trained = measured.get("tokens/trained", 0.0)
-                    measured |= call_metrics(groups, policy.name, tokens_trained=trained)
-                    prefix = f"{policy.name}/" if several else ""
-                    metrics |= {prefix + name: value for name, value in measured.items()}
+            for policy in learning:
+                measured = dict(await self.improve(session, policy, groups, step))
+                trained = measured.get("tokens/trained", 0.0)
+                measured |= call_metrics(groups, policy.name, tokens_trained=trained)
+                prefix = f"{policy.name}/" if several else ""
+                metrics |= {prefix + name: value for name, value in measured.items()}
             await session.finish_step(step, groups, metrics)
 
 
@@ -131,8 +135,13 @@ class PerPolicy(Stepwise):
         """Improve the policy with its own."""
         return await self.algorithms[policy.name].improve(session, policy, groups, step)
 
+    def taught(self, policies: Sequence[Policy]) -> Mapping[str, str | None]:
+        """Return who speaks for each of these policies, as its own algorithm says."""
+        own = {one.name: self.algorithms[one.name].taught([one]) for one in policies}
+        return {name: speakers[name] for name, speakers in own.items() if name in speakers}
+
     def check(self, policies: Sequence[Policy]) -> None:
-        """Let each check its own policy.
+        """Let each check its own policy, beside the others as if nobody trained them.
 
         Raises:
             ConfigurationError: a trainable policy has no algorithm, or a name is no trainable policy's.
@@ -146,4 +155,5 @@ class PerPolicy(Stepwise):
             )
         for policy in policies:
             if policy.trainable:
-                self.algorithms[policy.name].check([policy])
+                others = [replace(one, trainable=False) for one in policies if one is not policy]
+                self.algorithms[policy.name].check([policy, *others])

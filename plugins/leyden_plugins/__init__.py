@@ -48,6 +48,22 @@ RL_ALGORITHMS = (
 )
 """Name, class, summary."""
 
+OTHER_ALGORITHMS = (
+    ("rejection-sampling", "sft:RejectionSampling", "fine-tuning on the best rollouts"),
+    ("distillation", "sft:Distillation", "fine-tuning on what a stronger policy or the app's own model says"),
+    ("fine-tuning", "sft:FineTuning", "fine-tuning on stored rollouts"),
+    ("dpo", "preference:DPO", "direct preference optimisation on pairs of rollouts"),
+    ("simpo", "preference:SimPO", "preference optimisation without a reference"),
+)
+"""Name, class, summary."""
+
+
+PROMPT_ALGORITHMS = (
+    ("gepa", "GEPA", "reflective prompt evolution"),
+    ("beam-search", "BeamSearch", "prompts along textual gradients, as APO"),
+)
+"""Name, class, summary."""
+
 
 @hookimpl
 def leyden_register(registry: Registry) -> None:
@@ -75,11 +91,11 @@ def leyden_register(registry: Registry) -> None:
 
     for name, path, summary in RL_ALGORITHMS:
         registry.algorithm(name, lazy(f"leyden_plugins.algorithms.rl:{path}"), summary=summary)
-    registry.algorithm(
-        "rejection-sampling",
-        lazy("leyden_plugins.algorithms.sft:RejectionSampling"),
-        summary="fine-tuning on the best rollouts",
-    )
+    for name, path, summary in OTHER_ALGORITHMS:
+        registry.algorithm(name, lazy(f"leyden_plugins.algorithms.{path}"), summary=summary)
+
+    for name, path, summary in PROMPT_ALGORITHMS:
+        registry.algorithm(name, lazy(f"leyden_plugins.algorithms.prompt:{path}"), summary=summary)
 
     registry.credit("broadcast", lazy("leyden.credit:broadcast"), summary="every call gets the whole return")
     registry.credit("per-turn", lazy("leyden.credit:reward_to_go"), summary="a call gets its own reward and later ones")
@@ -108,4 +124,9 @@ def leyden_register(registry: Registry) -> None:
     )
     registry.command(
         "report", lazy("leyden_plugins.observers.report:report_command"), summary="write a run's report.html again"
+    )
+    registry.command(
+        "prompts",
+        lazy("leyden_plugins.algorithms.prompt.command:prompts_command"),
+        summary="show a prompt search: its candidates, and the winner's changes",
     )

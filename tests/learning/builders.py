@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from leyden import mdp
+from leyden.demonstrations import Source, demonstrations
 from leyden.interfaces import Batch, Group, Learner, RolloutRecords, Sample, Transition
 from leyden.roles import Policy
 from leyden.spans import Choice, Completion, Mode, Reward, Rollout, RolloutState, Status
@@ -173,6 +175,10 @@ class RecordedSession:
     updates: list[tuple[str, Sequence[Batch]]] = field(default_factory=list)
     finished: list[Mapping[str, float]] = field(default_factory=list)
     asked_group_size: int = 0
+    asked_speakers: Mapping[str, str | None] | None = None
+    asked_exact: list[bool] = field(default_factory=list)
+    sources: Mapping[str, Sequence[Group]] = field(default_factory=dict)
+    """What `stored` finds."""
 
     async def steps(self, until: int | None = None) -> AsyncIterator[int]:
         for step in range(1, (self.total_steps if until is None else until) + 1):
@@ -188,6 +194,7 @@ class RecordedSession:
         speakers: Mapping[str, str | None] | None = None,
     ) -> Sequence[Group]:
         self.asked_group_size = group_size
+        self.asked_speakers = speakers
         found = self.groups(step)
         return found if accept is None else [one for one in found if accept(one)]
 
@@ -196,6 +203,18 @@ class RecordedSession:
 
     def transitions(self, groups: Sequence[Group], policy: Policy) -> Sequence[Transition]:
         return [one for group in groups for each in group.rollouts for one in mdp.transitions(each, [policy])]
+
+    async def stored(self, source: str | Path) -> Sequence[Group]:
+        return self.sources[str(source)]
+
+    async def demonstrations(
+        self, groups: Sequence[Group], policy: Policy, *, exact: bool = True
+    ) -> Sequence[Transition]:
+        self.asked_exact.append(exact)
+        made = Source(policy=policy, policies=self.policies, tokenise=None)
+        return [one for group in groups for each in group.rollouts for one in demonstrations(each, made).transitions]
+
+    def progress(self, phase: str, done: int, of: int) -> None: ...
 
     def staleness(self, transition: Transition) -> int:
         return 0

@@ -66,6 +66,12 @@ THEMES: dict[str, dict[str, Metric]] = {
         "loss/explained_variance": Metric(
             "share", "1 - Var(return - value) / Var(return): 1 is a perfect value head, 0 a useless one"
         ),
+        "preference/loss": Metric("loss", "-log sigmoid(margin) of a preference loss, mean over the step's pairs"),
+        "preference/margin": Metric(
+            "log-odds", "mean margin, before the update, by which chosen rollouts are preferred"
+        ),
+        "preference/accuracy": Metric("share", "pairs whose margin is above 0"),
+        "preference/pairs": Metric("pairs", "pairs of rollouts in an optimizer batch"),
         "gradient_norm": Metric("L2 norm", "norm of the gradient before clipping"),
         "learning_rate": Metric("learning rate", "of the step"),
         "policy/updates": Metric("policies", "policies that got a new version in the step"),
@@ -100,6 +106,9 @@ THEMES: dict[str, dict[str, Metric]] = {
         "tokens/trained_per_sampled": Metric(
             "ratio", "the same over all tokens that the policy sampled for the step's rollouts; above 1 with epochs"
         ),
+        "tokens/retokenised_share": Metric(
+            "share", "imitated calls that were recorded as text alone and tokenised anew"
+        ),
         "mdp/merge_ratio": Metric(
             "ratio",
             "tokens when calls of a rollout that extend each other share a row, over tokens with one row a call",
@@ -113,7 +122,7 @@ THEMES: dict[str, dict[str, Metric]] = {
         "forks/spliced_share": Metric("share", "prompt tokens that exact continuation took from the record"),
     },
     "Rollouts": {
-        "rollouts/kept": Metric("rollouts", "rollouts that rejection sampling imitates in the step"),
+        "rollouts/kept": Metric("rollouts", "rollouts that are imitated in the step"),
         "rollouts/failed_share": Metric("share", "the step's rollouts that failed or timed out"),
         "rollouts/unrewarded_share": Metric(
             "share", "the step's rollouts without a reward: dropped on purpose, or the judge failed; never trained"
@@ -170,7 +179,7 @@ CHARTS = (
     Chart("Clip fraction", ("loss/clip_fraction", "correction/zero_share")),
     Chart("Probability ratio", ("loss/ratio_mean", "loss/ratio_max", "correction/mean")),
     Chart("Gradient norm", ("gradient_norm",)),
-    Chart("Loss", ("loss/loss",)),
+    Chart("Loss", ("loss/loss", "preference/loss")),
     Chart("Explained variance", ("loss/explained_variance",)),
     Chart("Staleness", ("policy/staleness_mean", "policy/staleness_max"), is_idle_at_zero=True),
     Chart("Answer length", ("lengths/answer_mean", "lengths/answer_p95", "lengths/answer_max")),
