@@ -37,6 +37,7 @@ from leyden.training.sampling import (
 )
 from leyden.training.schedule import Clock, Schedule, learning_rate
 from leyden.training.sharing import Turns
+from leyden.training.stored import groups_of
 from leyden.training.uses import Uses
 from leyden.training.versions import Versions, serve
 
@@ -217,6 +218,15 @@ class TrainingSession:
             self._uses.transitions(policy.name, group.group_id, own)
             found += own
         return found
+
+    async def stored(self, source: str | Path) -> Sequence[Group]:
+        """Return the finished rollouts of another run folder or store, which is only read.
+
+        Raises:
+            ConfigurationError: there is no store.
+            StoreError: a file is none of Leyden's, or of a newer version.
+        """
+        return await groups_of(source, reward_weights=self._parts.runner.reward_weights)
 
     async def demonstrations(
         self, groups: Sequence[Group], policy: Policy, *, exact: bool = True
