@@ -139,10 +139,11 @@ def test_a_killed_server_comes_back_with_the_last_weights_and_answers_what_it_wa
 
     async def killed() -> tuple[list[tuple[int, list[Answered]]], list[object]]:
         begun = asyncio.Event()
+        process = whole.processes()[victim]  # before anything is asked: looking takes as long as some answers
         waiting = [asyncio.create_task(whole.ask(prompt, max_tokens=500)) for _ in range(STREAMS)]
         streams = [asyncio.create_task(stream(begun)) for _ in range(STREAMS)]
         await begun.wait()
-        whole.processes()[victim].kill()
+        process.kill()
         return await asyncio.gather(*waiting), await asyncio.gather(*streams, return_exceptions=True)
 
     async def stream(begun: asyncio.Event) -> None:
