@@ -56,6 +56,8 @@ def test_a_run_without_policies_tries_prompts_and_puts_the_published_ones_in_for
     assert {one.rollout.mode for tried in search.records for one in tried} == {Mode.SEARCH}
     assert (summary["accuracy_before"], summary["accuracy_after"]) == (0.0, 2.0)
     assert {(one.name, one.version, one.content) for one in resources(tmp_path / "run", "prompt")} == {
+        ("writer", 0, "role=write"),
+        ("critic", 0, "role=judge"),
         ("writer", 1, "role=good"),
         ("critic", 1, "role=good2"),
     }

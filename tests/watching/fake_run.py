@@ -256,6 +256,7 @@ async def checkpoint(store: SQLiteStore, folder: Path, *, step: int, version: in
     policy.mkdir(parents=True)
     (policy / "config.json").write_text('{"model_type": "qwen3"}')
     (policy / "model.safetensors").write_bytes(b"weights of step %d" % step)
+    write_json(policy.parents[1] / "prompts.json", {"checker": {"version": 1, "text": "Be strict."}})
     await store.put_resources([Resource(kind="prompt", name="checker", version=1, created_ns=1, content="Be strict.")])
     await store.commit_checkpoint(
         Checkpoint(

@@ -45,7 +45,7 @@ def test_an_export_describes_each_trained_policy_and_holds_its_folder(run: Path,
         "prompts": {"checker": "Be strict."},
     }
     assert (out / "policies/sql/model.safetensors").read_bytes() == b"weights of step 3"
-    assert json.loads((out / "prompts.json").read_text()) == {"checker": "Be strict."}
+    assert json.loads((out / "prompts.json").read_text()) == {"checker": {"version": 1, "text": "Be strict."}}
 
 
 def test_what_export_writes_deploy_reads(run: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_failure_leaves_nothing_behind(run: Path, tmp_path: Path, monkeypatch:
     def full(*_: object) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_module, "_instructions", full)
+    monkeypatch.setattr(export_module, "instructions", full)
     with pytest.raises(OSError, match="No space left"):
         export(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]

@@ -1,7 +1,7 @@
 """Put trained roles back into the running app: `leyden.deploy("OUT", base_url=...)`.
 
-It routes the exported roles to a server of the trained models and sets the exported prompts. Nothing else of
-Leyden runs: no trainer, no store, no torch. Calls are not recorded, and other roles stay as they are.
+It routes the exported roles to a server of the trained models, where there are any, and sets the exported prompts.
+Nothing else of Leyden runs: no trainer, no store, no torch. Calls are not recorded, and other roles stay as they are.
 """
 
 from __future__ import annotations
@@ -48,26 +48,39 @@ class Deployment:
         self.close()
 
 
-def deploy(folder: str | Path, base_url: str, *, fallback: bool = False, api_key: str | None = None) -> Deployment:
+def deploy(
+    folder: str | Path, base_url: str | None = None, *, fallback: bool = False, api_key: str | None = None
+) -> Deployment:
     """Send the roles of an export to a server of the trained models, and set their prompts.
 
     Args:
         folder: what `leyden export` wrote.
-        base_url: an OpenAI-compatible server of the trained models, such as `http://127.0.0.1:8000/v1`.
+        base_url: an OpenAI-compatible server of the trained models, such as `http://127.0.0.1:8000/v1`; none for an
+            export without policies, whose roles keep the app's own model.
         fallback: when the server cannot be reached, let the app's own model answer.
         api_key: sent to that server in place of the app's own key.
 
     Raises:
-        ConfigurationError: the folder holds no readable export, the address is not one, or an export is deployed
-            already.
+        ConfigurationError: the folder holds no readable export, the address is missing, not one or of no use, or an
+            export is deployed already.
     """
-    if not base_url.startswith(("http://", "https://")):
+    if base_url is not None and not base_url.startswith(("http://", "https://")):
         raise ConfigurationError(f"base_url {base_url!r} is not an address; write 'http://HOST:PORT/v1'")
     if wire.default_routing() is not None:
         raise ConfigurationError("an export is deployed in this process already; close it first")
     export = read_export(Path(folder))
+    if export.policies and base_url is None:
+        raise ConfigurationError(
+            f"{str(folder)!r} holds the policies {sorted(export.policies)!r}; say where they are served: "
+            "leyden.deploy(folder, base_url='http://HOST:PORT/v1')"
+        )
+    if not export.policies and (base_url is not None or fallback or api_key is not None):
+        raise ConfigurationError(
+            f"{str(folder)!r} holds prompts only, so nothing would be sent to base_url={base_url!r}; say "
+            "leyden.deploy(folder)"
+        )
     routing = Routing(
-        base_url=base_url.rstrip("/"),
+        base_url=(base_url or "").rstrip("/"),
         token=api_key or "none",
         routes=tuple(
             Route(

@@ -1,7 +1,9 @@
-"""Take a run's policies out: a folder that serves and deploys without trainer, store or torch.
+"""Take a run's policies and prompts out: a folder that serves and deploys without trainer, store or torch.
 
-    OUT/leyden.json                what is here: policy -> model name, folder, version, roles, sampling, base hash
-    OUT/prompts.json               role -> system prompt that replaces the agent's own
+    OUT/leyden.json                what is here: policy -> model name, folder, version, roles, sampling, base hash;
+                                   role -> system prompt that replaces the agent's own
+    OUT/prompts.json               role -> version and text of that prompt
+    OUT/PROMPTS.md                 the same for people, with what has changed since the agent's own
     OUT/policies/<name>/           a Hugging Face folder, or PEFT's folder of a LoRA
     OUT/SERVE.md                   how to serve it and how to call it
 
@@ -28,17 +30,18 @@ from leyden.deploying.exported import (
     ExportedPolicy,
     read_adapter_config,
 )
+from leyden.deploying.pages import instructions, prompts_page
 from leyden.errors import ConfigurationError
 from leyden.looping import LoopThread
 from leyden.roles import matches
-from leyden.spans import Resource, new_id
+from leyden.spans import new_id
 from leyden.sqlite import SQLiteStore
+from leyden.training import prompts
+from leyden.training.prompts import Prompt
 from leyden.training.runfolder import RUN, STORE, checkpoint_folder, read_json, write_json
 
-PROMPTS = "prompts.json"
 INSTRUCTIONS = "SERVE.md"
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for --max-lora-rank."""
+PROMPTS_PAGE = "PROMPTS.md"
 WILDCARDS = frozenset("*?[")
 """Characters that make a shell pattern match more than itself."""
 
@@ -48,7 +51,9 @@ class _Chosen(msgspec.Struct, frozen=True, kw_only=True):
 
     folder: str
     versions: dict[str, int]
-    prompts: dict[str, str]
+    prompts: dict[str, Prompt]
+    own_prompts: dict[str, str]
+    """Role -> what it said before any search, where that is known."""
 
 
 def export(run_folder: str | os.PathLike[str], out: str | os.PathLike[str], *, step: int | None = None) -> Path:
@@ -77,10 +82,12 @@ def export(run_folder: str | os.PathLike[str], out: str | os.PathLike[str], *, s
         }
         kept = _kept_roles(policies)
         found = {name: msgspec.structs.replace(one, kept_roles=kept[name]) for name, one in found.items()}
-        described = Export(policies=found, prompts=chosen.prompts)
+        described = Export(policies=found, prompts={role: one.text for role, one in chosen.prompts.items()})
         write_json(partial / EXPORT_FILE, described)
-        write_json(partial / PROMPTS, chosen.prompts)
-        (partial / INSTRUCTIONS).write_text(_instructions(described, target.name))
+        prompts.write(partial, chosen.prompts)
+        if chosen.prompts:
+            (partial / PROMPTS_PAGE).write_text(prompts_page(chosen.prompts, chosen.own_prompts), encoding="utf-8")
+        (partial / INSTRUCTIONS).write_text(instructions(described, target.name), encoding="utf-8")
         _put_in_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -119,7 +126,7 @@ async def _read_choice(run: Path, step: int | None) -> _Chosen:
         ConfigurationError: there is none, or it was deleted.
     """
     async with await SQLiteStore.open(run / STORE, read_only=True) as store:
-        latest, updates, prompts = await asyncio.gather(
+        latest, updates, published = await asyncio.gather(
             store.latest_checkpoint(), store.updates(), store.resources(kind="prompt")
         )
     if latest is None:
@@ -136,15 +143,12 @@ async def _read_choice(run: Path, step: int | None) -> _Chosen:
         for update in sorted(updates, key=lambda one: one.version):
             if update.step <= step:
                 versions[update.policy] = update.version
-    return _Chosen(folder=folder, versions=versions, prompts=_latest_prompts(prompts))
-
-
-def _latest_prompts(prompts: Sequence[Resource]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for prompt in sorted(prompts, key=lambda one: one.version):
-        if prompt.content is not None:
-            found[prompt.name] = prompt.content
-    return found
+    return _Chosen(
+        folder=folder,
+        versions=versions,
+        prompts=prompts.of_checkpoint(run / folder),
+        own_prompts={one.name: one.content for one in published if one.version == 0 and one.content is not None},
+    )
 
 
 def _copy_policy(
@@ -208,76 +212,3 @@ def _point_at_base(folder: Path, base: str | None, record: Mapping[str, object])
     config = msgspec.json.decode(file.read_bytes())
     file.write_bytes(msgspec.json.format(msgspec.json.encode(config | {"base_model_name_or_path": base})))
     return base
-
-
-def _instructions(described: Export, folder: str) -> str:
-    """Return the text of SERVE.md."""
-    names = list(described.policies)
-    name = names[0] if names else "NAME"
-    rows = [
-        f"| `{one.model}` | {one.version} | "
-        + ("every role" if one.roles is None else _code(one.roles))
-        + (f" except {_code(one.kept_roles)}" if one.kept_roles else "")
-        + f" | `{one.folder}` |"
-        for one in described.policies.values()
-    ]
-    return _SERVE.format(folder=folder, name=name, rows="\n".join(rows), vllm="\n".join(_vllm_lines(described)))
-
-
-def _code(roles: Sequence[str]) -> str:
-    return ", ".join(f"`{role}`" for role in roles)
-
-
-def _vllm_lines(described: Export) -> list[str]:
-    """Return a command line for each policy of whole weights, and one for all LoRAs on a base."""
-    lines = []
-    loras: dict[str, list[ExportedPolicy]] = {}
-    for one in described.policies.values():
-        if one.base_model is None:
-            lines.append(f"    vllm serve {one.folder} --served-model-name {one.model}")
-        else:
-            loras.setdefault(one.base_model, []).append(one)
-    for base, policies in loras.items():
-        wanted = max(one.lora_rank or 1 for one in policies)
-        rank = next((rank for rank in VLLM_RANKS if rank >= wanted), wanted)
-        modules = " ".join(f"{one.model}={one.folder}" for one in policies)
-        lines.append(
-            f"    vllm serve {base} --enable-lora --max-loras {len(policies)} --max-lora-rank {rank} "
-            f"--lora-modules {modules}"
-        )
-    return lines
-
-
-_SERVE = """\
-# Serve these policies
-
-| policy | version | roles | folder |
-|---|--:|---|---|
-{rows}
-
-## Serve
-
-From the folder above this one, on this machine:
-
-    leyden serve {folder} --port 8000
-
-or, as ordinary Hugging Face (or PEFT) folders, with any server, from inside this folder:
-
-{vllm}
-
-## Call: two lines, nothing of Leyden
-
-Where the app makes the client of a trained role, give it the server and the model's name:
-
-    llm = ChatOpenAI(
-        base_url="http://127.0.0.1:8000/v1", api_key="none",
-        model="{name}",
-    )
-
-## Call: no line changed in the agents
-
-    import leyden
-    leyden.deploy("{folder}", base_url="http://127.0.0.1:8000/v1")
-
-sends exactly the roles of the table to the server and leaves every other call alone.
-"""

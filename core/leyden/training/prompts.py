@@ -1,7 +1,8 @@
 """Prompts as something that is trained: what they are now, what others would do, and which are in force.
 
 One idea: rollouts under a candidate are named after it, its tasks and the weights, so that asking for the same again,
-also after a kill, finds them in the store and pays nothing.
+also after a kill, finds them in the store and pays nothing. A candidate is what it changes: a prompt that was read from
+rollouts is left to the agent, so that those rollouts are already the first ones of the seeds.
 One trap: what is read from rollouts is what a model was sent. A prompt with something of the task in it differs from
 call to call and cannot be replaced by one text; it is refused.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -54,8 +55,10 @@ class Prompts:
         """
         self.in_force: dict[str, Prompt] = {
             role: Prompt(0, text) for role, text in wanted.items() if text is not None
-        } | _of_checkpoint(folder)
+        } | of_checkpoint(folder)
         self._wanted = wanted
+        self._read: dict[str, str] = {}
+        """Role -> the agent's own prompt, where it was read from rollouts."""
         self._store = store
         self._tasks = tasks
         self._run = run
@@ -77,12 +80,18 @@ class Prompts:
             return {role: self.in_force[role].text for role in self._wanted}
         first = range(min(SEED_TASKS, len(self._tasks)))
         records = await self.attempt(self.texts, first, versions)
-        return self.texts | {role: spoken_prompt(records, role) for role in unknown}
+        self._read = {role: spoken_prompt(records, role) for role in unknown}
+        return self.texts | self._read
+
+    def _changes(self, prompts: Mapping[str, str]) -> dict[str, str]:
+        """Return the prompts that are not the agent's own anyway."""
+        return {role: text for role, text in prompts.items() if self._read.get(role) != text}
 
     async def attempt(
         self, prompts: Mapping[str, str], tasks: Sequence[int], versions: Mapping[str, int]
     ) -> Sequence[RolloutRecords]:
         """Run tasks under these prompts, each once, or take what the store has of it."""
+        prompts = self._changes(prompts)
         name = candidate_name(prompts, versions)
         content = json.dumps({"prompts": dict(prompts), "versions": dict(versions)}, sort_keys=True, ensure_ascii=False)
         if not await self._store.resources("candidate", name):
@@ -107,13 +116,13 @@ class Prompts:
         self, prompts: Mapping[str, str], tasks: Sequence[int], versions: Mapping[str, int]
     ) -> list[bool]:
         """Say of which tasks the store has a finished rollout under these prompts."""
-        name = candidate_name(prompts, versions)
+        name = candidate_name(self._changes(prompts), versions)
         searched = await self._store.rollouts(mode=Mode.SEARCH)
         finished = {rollout.rollout_id for rollout in searched if rollout.state in FINISHED}
         return [rollout_name(name, index) in finished for index in tasks]
 
     async def publish(self, prompts: Mapping[str, str]) -> None:
-        """Put prompts in force, each changed one under a new version.
+        """Put prompts in force, each changed one under a new version; what a role said before them is version 0.
 
         Raises:
             ConfigurationError: a prompt for a role that the trainer was not told of.
@@ -125,13 +134,23 @@ class Prompts:
             for role, text in prompts.items()
             if self.texts.get(role) != text
         }
+        firsts = await self._firsts(changed)
         await self._store.put_resources(
             [
                 Resource(kind="prompt", name=role, version=one.version, created_ns=now_ns(), content=one.text)
-                for role, one in changed.items()
+                for role, one in (*firsts.items(), *changed.items())
             ]
         )
         self.in_force |= changed
+
+    async def _firsts(self, roles: Collection[str]) -> dict[str, Prompt]:
+        """Return what these roles said before any search, where it is known and not in the store yet."""
+        told = {role: text for role, text in self._wanted.items() if text is not None} | self._read
+        return {
+            role: Prompt(0, told[role])
+            for role in roles
+            if role in told and not await self._store.resources("prompt", role)
+        }
 
 
 def candidate_name(prompts: Mapping[str, str], versions: Mapping[str, int]) -> str:
@@ -190,7 +209,8 @@ def write(folder: Path, prompts: Mapping[str, Prompt]) -> None:
     write_json(folder / PROMPTS, dict(prompts))
 
 
-def _of_checkpoint(folder: Path | None) -> dict[str, Prompt]:
+def of_checkpoint(folder: Path | None) -> dict[str, Prompt]:
+    """Return the prompts in force in a checkpoint."""
     if folder is None or not (folder / PROMPTS).exists():
         return {}
     return msgspec.convert(read_json(folder / PROMPTS), dict[str, Prompt])

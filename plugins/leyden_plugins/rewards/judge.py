@@ -19,7 +19,7 @@ from typing import Literal, TypeVar, cast
 from leyden.errors import ConfigurationError
 from leyden.interfaces import RolloutRecords
 from leyden.rewards import DEFAULT_REWARD, NO_REWARD, emit_event
-from leyden_plugins.rewards.endpoint import ChatEndpoint, Message, Spent, key_from
+from leyden_plugins.chat.endpoint import ChatEndpoint, Message, Spent, key_from
 from leyden_plugins.rewards.showing import (
     RANK_FORMAT,
     RANK_RUBRIC,

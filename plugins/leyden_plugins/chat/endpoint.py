@@ -1,5 +1,7 @@
 """An OpenAI-compatible chat endpoint, asked from the side: never recorded, never routed, never trained.
 
+Judges of rollouts and models that rewrite prompts are asked with it.
+
 One idea: requests leave below the wire, so it does not matter which rollout, role or policy is at work around them.
 One trap: a judge may run on several event loops (of workers, of the trainer); what belongs to a loop is kept by loop.
 """
@@ -47,6 +49,16 @@ class Spent:
     """As the endpoint reported them."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What the endpoint said, and what it cost."""
+
+    text: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    """As the endpoint reported them."""
+
+
 @dataclass(eq=False)
 class ChatEndpoint:
     """Asks a chat model at temperature 0 and remembers its answers."""
@@ -64,9 +76,11 @@ class ChatEndpoint:
     most_calls: int | None
     """Requests in all, in this process; `None` for no limit."""
     options: Mapping[str, object]
-    """Further fields of the request's body; they win over Leyden's own."""
+    """Further fields of the request's body; they win over Leyden's own, and `None` takes one out."""
     pause_seconds: float = 0.5
     """Before the second try; twice as long before each further one."""
+    purpose: str = "judge"
+    """What its errors call it."""
 
     def __post_init__(self) -> None:
         with extra("openai"):
@@ -83,7 +97,7 @@ class ChatEndpoint:
                 "password, such as 'http://127.0.0.1:8000/v1'"
             )
         self.spent = Spent()
-        self._answers: dict[bytes, str] = {}
+        self._answers: dict[bytes, Answer] = {}
         self._places: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]
         self._places = weakref.WeakKeyDictionary()
         # Made once: reading the certificates takes longer than all else that a client of one request does.
@@ -97,18 +111,28 @@ class ChatEndpoint:
             ConfigurationError: the endpoint refuses the request as it is: its key, its model, its fields.
             ConnectionError: it could not be reached, or failed, `tries` times.
         """
-        body = {"model": self.model, "messages": list(messages), "temperature": 0, **self.options}
-        content = json.dumps(body, ensure_ascii=False).encode()
+        content = self._content(messages)
         key = blake2b(content, digest_size=16).digest()
         if key in self._answers:
             self.spent.cached += 1
-            return self._answers[key]
+        else:
+            self._answers[key] = await self._in_turn(content)
+        return self._answers[key].text
+
+    async def ask_anew(self, messages: Sequence[Message]) -> Answer:
+        """Return what the model answers now, whatever it was asked before; raises as `ask` does."""
+        return await self._in_turn(self._content(messages))
+
+    def _content(self, messages: Sequence[Message]) -> bytes:
+        body = {"model": self.model, "messages": list(messages), "temperature": 0, **self.options}
+        return json.dumps({name: one for name, one in body.items() if one is not None}, ensure_ascii=False).encode()
+
+    async def _in_turn(self, content: bytes) -> Answer:
         loop = asyncio.get_running_loop()
         async with self._places.setdefault(loop, asyncio.Semaphore(self.concurrency)):
-            self._answers[key] = answer = await self._answer(content)
-        return answer
+            return await self._answer(content)
 
-    async def _answer(self, content: bytes) -> str:
+    async def _answer(self, content: bytes) -> Answer:
         import httpx
 
         pause = self.pause_seconds
@@ -117,10 +141,12 @@ class ChatEndpoint:
             try:
                 response = await self._post(content)
                 if response.status_code < 400:
-                    return self._text_of(response.json())
+                    return self._read(response.json())
                 trouble = f"HTTP {response.status_code}: {self._clean(response.text)[:300]}"
                 if response.status_code < 500 and response.status_code not in PASSING:
-                    raise ConfigurationError(f"the judge at {self.base_url!r} refused {self.model!r}: {trouble}")
+                    raise ConfigurationError(
+                        f"the {self.purpose} at {self.base_url!r} refused {self.model!r}: {trouble}"
+                    )
                 asked = _seconds(response.headers.get("retry-after"))
             except (httpx.TransportError, *UNREADABLE) as error:
                 trouble = f"{type(error).__name__}: {self._clean(str(error))}"
@@ -128,7 +154,7 @@ class ChatEndpoint:
                 await asyncio.sleep(min(LONGEST_PAUSE_SECONDS, asked or pause * random.uniform(0.75, 1.25)))
                 pause *= 2
         raise ConnectionError(
-            f"the judge {self.model!r} at {self.base_url!r} gave no answer in {self.tries} tries: {trouble}"
+            f"the {self.purpose} {self.model!r} at {self.base_url!r} gave no answer in {self.tries} tries: {trouble}"
         )
 
     async def _post(self, content: bytes) -> httpx.Response:
@@ -136,7 +162,8 @@ class ChatEndpoint:
 
         if self.most_calls is not None and self.spent.calls >= self.most_calls:
             raise RewardError(
-                f"the judge {self.model!r} has spent its most_calls={self.most_calls!r}; raise it and resume the run"
+                f"the {self.purpose} {self.model!r} has spent its most_calls={self.most_calls!r}; raise it and resume "
+                "the run"
             )
         self.spent.calls += 1
         headers = {"content-type": "application/json"}
@@ -147,18 +174,21 @@ class ChatEndpoint:
                 url = f"{self.base_url.rstrip('/')}/chat/completions"
                 return await client.post(url, content=content, headers=headers)
 
-    def _text_of(self, answer: Any) -> str:
+    def _read(self, answer: Any) -> Answer:
         usage = answer.get("usage") or {}
-        self.spent.prompt_tokens += int(usage.get("prompt_tokens") or 0)
-        self.spent.completion_tokens += int(usage.get("completion_tokens") or 0)
-        return str(answer["choices"][0]["message"]["content"] or "")
+        prompt_tokens = int(usage.get("prompt_tokens") or 0)
+        completion_tokens = int(usage.get("completion_tokens") or 0)
+        self.spent.prompt_tokens += prompt_tokens
+        self.spent.completion_tokens += completion_tokens
+        text = str(answer["choices"][0]["message"]["content"] or "")
+        return Answer(text, prompt_tokens, completion_tokens)
 
     def _clean(self, text: str) -> str:
         """Return a text of the endpoint's without our key."""
         return text.replace(self.api_key, "[redacted]") if self.api_key else text
 
 
-def key_from(api_key: str | None, api_key_env: str | None) -> str | None:
+def key_from(api_key: str | None, api_key_env: str | None, *, purpose: str = "judge") -> str | None:
     """Return the key that was given, or the environment's.
 
     Raises:
@@ -168,8 +198,8 @@ def key_from(api_key: str | None, api_key_env: str | None) -> str | None:
         return api_key
     if not os.environ.get(api_key_env):
         raise ConfigurationError(
-            f"the environment has no {api_key_env!r} for the judge; set it, name another with api_key_env=, or pass "
-            "api_key_env=None for an endpoint that wants no key"
+            f"the environment has no {api_key_env!r} for the {purpose}; set it, name another with api_key_env=, or "
+            "pass api_key_env=None for an endpoint that wants no key"
         )
     return os.environ[api_key_env]
 
