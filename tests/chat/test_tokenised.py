@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from leyden.conversations import same_calls
-from leyden.interfaces import GenerationRequest
+from leyden.interfaces import GenerationRequest, Tokenises
 from leyden_plugins.chat.prompts import Prompts
 from leyden_plugins.chat.templates import Chat
 from leyden_plugins.chat.text import Codec
+from leyden_plugins.engines.openai_compatible import OpenAICompatibleEngine
+from leyden_plugins.engines.transformers import TransformersEngine
+from leyden_plugins.engines.vllm import VLLMEngine
 from tests.gateway.test_real_templates import ENDS, published
 from tests.tiny import END, HERMES_TEMPLATE, PLAIN_TEMPLATE, VOCABULARY, tiny_tokenizer
 
@@ -60,6 +63,11 @@ def test_tool_calls_come_back_as_the_same_calls(template: str) -> None:
     parsed = prompts.chat.parse(prompts.chat.codec.decode(found[1][:-1], prompts.chat.shown))
     assert parsed.text == "I look."
     assert same_calls(parsed.calls, [CALL])
+
+
+@pytest.mark.parametrize("engine", [TransformersEngine, VLLMEngine, OpenAICompatibleEngine])
+def test_every_engine_tokenises(engine: type) -> None:
+    assert issubclass(engine, Tokenises)
 
 
 def test_a_later_turn_begins_with_the_whole_conversation() -> None:

@@ -14,11 +14,13 @@ import httpx
 import pytest
 
 import leyden
+from leyden.errors import ConfigurationError
 from leyden.spans import RolloutState, Update
 from leyden.sqlite import SQLiteStore
 from leyden.testing.fakes import END_TOKEN
+from leyden_plugins.algorithms.preference import DPO
 from leyden_plugins.algorithms.rl import GRPO
-from leyden_plugins.algorithms.sft import Distillation, RejectionSampling
+from leyden_plugins.algorithms.sft import Distillation, FineTuning, RejectionSampling
 from tests.capture.servers import FakeOpenAI, serving
 from tests.running.small import CountingLearner, Notes, SmallEngine, odd_wins, rollout_id, small_trainer
 
@@ -102,6 +104,78 @@ def test_a_policy_on_the_same_engine_teaches_its_exact_tokens(tmp_path: Path) ->
     assert [text_of(sample.token_ids) for _, sample in learner.samples] == ["ok"] * 4
     assert [metrics["tokens/retokenised_share"] for metrics in notes.metrics] == [0.0, 0.0]
     assert ledger(tmp_path / "run")[0].rollout_ids[0].startswith("s1.taught-")
+
+
+# ---- stored rollouts -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """Return the folder of a run of two steps: eight rollouts of one call, every other one rewarded."""
+    with small_trainer(tmp_path / "earlier") as trainer:
+        trainer.fit(2)
+    return tmp_path / "earlier"
+
+
+def offline(run: Path, algorithm: object, **options: object) -> leyden.Trainer:
+    """Return a trainer without agent and tasks."""
+    return small_trainer(run, None, algorithm=algorithm, tasks=(), **options)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_stored_rollouts_are_imitated_without_agent_tasks_or_steps(tmp_path: Path, earlier: Path, exact: bool) -> None:
+    learner, notes = CountingLearner(), Measured()
+    algorithm = FineTuning(source=earlier, epochs=2, batch_size=2, keep=1.0, exact=exact)
+    with offline(tmp_path / "run", algorithm, learner=learner, sinks=[notes, "report", "jsonl"]) as trainer:
+        summary = trainer.fit()
+    assert (summary["steps"], summary["train_rollouts"], learner.steps) == (2, 0, {"me": 2 * 2})
+    assert [text_of(sample.token_ids) for _, sample in learner.samples] == ["ok"] * 8
+    assert {text_of(sample.prompt_token_ids)[:10] for _, sample in learner.samples} == {"user: task"}
+    assert [metrics["tokens/retokenised_share"] for metrics in notes.metrics] == [float(not exact)] * 2
+    assert [metrics["rollouts/kept"] for metrics in notes.metrics] == [4.0, 4.0]
+    assert (tmp_path / "run" / "report.html").exists()
+    assert [update.version for update in ledger(tmp_path / "run")] == [1, 2]
+
+
+def test_a_stop_in_an_epoch_goes_on_with_the_rollouts_that_are_left(tmp_path: Path, earlier: Path) -> None:
+    algorithm = FineTuning(source=earlier, steps_per_epoch=4, batch_size=1)
+    whole, notes = CountingLearner(), Notes()
+    with offline(tmp_path / "whole", algorithm, learner=whole) as trainer:
+        trainer.fit()
+    learner = CountingLearner()
+    with offline(tmp_path / "run", algorithm, learner=learner, sinks=[notes]) as trainer:
+        jobs = trainer._jobs
+
+        def stop(step: int) -> None:
+            if step == 2 and jobs.session is not None:
+                jobs.session.stop_requested = True
+
+        notes.when_step_finished = stop
+        trainer.fit()
+    resumed = CountingLearner()
+    with offline(tmp_path / "run", algorithm, learner=resumed) as trainer:
+        trainer.fit(resume=True)
+    assert resumed.steps == whole.steps == {"me": 8}
+    assert learner.samples + resumed.samples == whole.samples
+    assert len(whole.samples) == 8
+
+
+def test_stored_pairs_are_preferred_and_a_chain_goes_on_with_rl(tmp_path: Path, earlier: Path) -> None:
+    learner, notes = CountingLearner(), Measured()
+    chain = leyden.Chain(leyden.Phase(DPO(source=earlier, epochs=2)), leyden.Phase(GRPO(group_size=2), steps=1))
+    with small_trainer(tmp_path / "run", algorithm=chain, learner=learner, sinks=[notes]) as trainer:
+        assert trainer.fit()["steps"] == 3
+    assert learner.steps == {"me": 3}
+    assert [metrics.get("preference/pairs") for metrics in notes.metrics] == [4.0, 4.0, None]
+    assert "reward/mean" in notes.metrics[2] and "reward/mean" not in notes.metrics[0]
+
+
+def test_a_source_without_a_store_is_refused(tmp_path: Path) -> None:
+    with (
+        offline(tmp_path / "run", FineTuning(source=tmp_path / "nowhere")) as trainer,
+        pytest.raises(ConfigurationError, match="nowhere' is neither a store nor a folder that holds one"),
+    ):
+        trainer.fit()
 
 
 def ledger(run: Path) -> list[Update]:
