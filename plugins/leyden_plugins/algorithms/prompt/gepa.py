@@ -23,6 +23,9 @@ from leyden_plugins.algorithms.prompt.over import SearchOver
 from leyden_plugins.algorithms.prompt.search import Prompts, Search, Tried
 from leyden_plugins.algorithms.prompt.showing import calls_of, examples
 
+MOST_IN_VAIN = 20
+"""Reflection calls in a row whose proposals had been tried before; a model that says nothing new ends the search."""
+
 Result = TypeVar("Result")
 Texts = dict[Any, str]
 """A candidate as gepa sees it: a role's place -> its prompt. Places are numbers, for gepa goes through sets of them,
@@ -159,9 +162,10 @@ class Adapter:
         self._roles = list(search.seeds)
         self._numbers: dict[int, int] = {}
         """gepa's number of a candidate -> the search's."""
-        self._last_cost = (0, 0)
+        self._left_before = self._calls_before = 0
+        """Rollouts left, and reflection calls, when a rollout was last paid."""
         self._idle = 0
-        """Iterations in a row that cost nothing."""
+        """Iterations since then."""
 
     def texts(self, prompts: Prompts) -> Texts:
         """Return a candidate as gepa sees it."""
@@ -230,6 +234,10 @@ class Adapter:
             text = "" if answer is None else Signature.output_extractor(answer.strip())["new_instruction"]
             if text:
                 proposals[number].new_texts[place] = text  # type: ignore[index]  # places stand for names, see Texts
+        known = [one.prompts for one in self._search.record.candidates]
+        for (candidate, _, _), proposal in zip(jobs, proposals, strict=True):
+            if self.prompts({**candidate, **proposal.new_texts}) in known:
+                proposal.new_texts.clear()  # gepa would enter it once more, with no end where nothing new is proposed
         return [(proposal, self) for proposal in proposals]
 
     def _question(self, place: int, text: str, dataset: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -263,8 +271,9 @@ class Adapter:
         self._search.record.rejected += 1
 
     def is_idle(self, state: Any) -> bool:
-        """Say whether gepa goes round without trying anything: every minibatch perfect, or no role that speaks."""
-        cost = (self._search.left, self._search.reflector.spent.calls)
-        self._idle = self._idle + 1 if cost == self._last_cost else 0
-        self._last_cost = cost
-        return self._idle > 2 * len(self._search.split.feedback) + 10
+        """Say whether gepa goes round without a new rollout: minibatches all perfect, nobody speaks, old proposals."""
+        left, calls = self._search.left, self._search.reflector.spent.calls
+        if left != self._left_before:
+            self._left_before, self._calls_before, self._idle = left, calls, 0
+        self._idle += 1
+        return self._idle > 2 * len(self._search.split.feedback) + 10 or calls > self._calls_before + MOST_IN_VAIN
