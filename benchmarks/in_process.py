@@ -246,6 +246,9 @@ class Run:
         )
         return RolloutRecords(rollout=rollout, spans=(), completions=episode.completions, rewards=episode.rewards)
 
+    def progress(self, phase: str, done: int, of: int) -> None:
+        """Show nothing."""
+
     async def replay(self, step: int, *, count: int, max_age: int) -> Sequence[Group]:
         """Return nothing: no arm replays."""
         return ()

@@ -14,7 +14,7 @@ from leyden.ownership import current_owner
 from leyden.spans import Kind, Mode, RolloutState
 from leyden.sqlite import SQLiteStore
 from leyden.testing.records import a_rollout, a_span
-from leyden_plugins.algorithms.sft import FineTuning
+from leyden_plugins.algorithms.sft import FineTuning, stored_rows
 from leyden_plugins.engines.transformers import TransformersEngine
 from tests.running.small import Notes, ask
 from tests.tiny import tiny_checkpoint
@@ -74,3 +74,20 @@ def test_a_policy_says_what_was_recorded(tmp_path: Path) -> None:
         summary = trainer.fit()
     asyncio.run(engine.stop())
     assert (summary["accuracy_before"], summary["accuracy_after"]) == (0.0, 1.0)
+
+
+def test_the_same_text_becomes_rows_for_another_trainer(tmp_path: Path) -> None:
+    asyncio.run(record(tmp_path / "production" / "store.db"))
+    engine = TransformersEngine(tiny_checkpoint(tmp_path / "model"), seed=0)
+
+    async def rows(keep: float | None) -> list[dict[str, list[int]]]:
+        return await stored_rows(tmp_path / "production", leyden.Policy("me"), engine=engine, keep=keep)
+
+    async def both() -> tuple[list[str], int]:
+        found = await rows(None)
+        spelled = [engine.decode([label for label in row["labels"] if label != -100]) for row in found]
+        kept = len(await rows(0.5))
+        await engine.stop()
+        return spelled, kept
+
+    assert asyncio.run(both()) == (["Rain.<|end|>", "Ann.<|end|>"], 0)  # nobody rewarded them

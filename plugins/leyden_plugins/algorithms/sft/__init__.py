@@ -2,6 +2,6 @@
 
 from leyden_plugins.algorithms.sft.imitation import Distillation, FineTuning, RejectionSampling
 from leyden_plugins.algorithms.sft.keeping import kept_calls, kept_rollouts
-from leyden_plugins.algorithms.sft.rows import sft_rows
+from leyden_plugins.algorithms.sft.rows import sft_rows, stored_rows
 
-__all__ = ["Distillation", "FineTuning", "RejectionSampling", "kept_calls", "kept_rollouts", "sft_rows"]
+__all__ = ["Distillation", "FineTuning", "RejectionSampling", "kept_calls", "kept_rollouts", "sft_rows", "stored_rows"]

@@ -7,12 +7,22 @@ One trap: a trainer may cut rows to a length of its own: `SFTConfig(max_length=N
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from leyden import mdp
-from leyden.interfaces import Sample, Transition
+from leyden.demonstrations import Source, demonstrations
+from leyden.interfaces import Engine, Sample, Tokenises, Transition
 from leyden.layouts import Row, merged, one_row_a_call
+from leyden.rewards import DEFAULT_REWARD
+from leyden.roles import Policy
+from leyden.training.stored import groups_of
+from leyden_plugins.algorithms.sft.keeping import Keep, check_keep, kept_calls
+
+logger = logging.getLogger(__name__)
 
 IGNORED = -100
 """The label of a token that is read and not learnt: what PyTorch's cross-entropy leaves out."""
@@ -34,6 +44,44 @@ def sft_rows(
     for row in rows:
         found += _labelled(row, samples)
     return found
+
+
+async def stored_rows(
+    source: str | Path,
+    policy: Policy,
+    *,
+    engine: Engine,
+    keep: Keep = None,
+    exact: bool = False,
+    layout: Literal["calls", "merged"] = "calls",
+) -> list[dict[str, list[int]]]:
+    """Return rows of the calls that stored rollouts made in a policy's roles.
+
+    Args:
+        source: a run folder or store.
+        policy: its roles' calls.
+        engine: knows the chat template of the model to be trained; it is started.
+        keep: which rollouts, as in `FineTuning`; rewards are the reward named `reward`.
+        exact: recorded token ids are of this model's tokenizer; False tokenises every call anew.
+        layout: as in `sft_rows`.
+
+    Raises:
+        ConfigurationError: there is no store, or calls must be tokenised anew and the engine cannot.
+    """
+    check_keep(keep, group_size=None)
+    groups = await groups_of(source, reward_weights={DEFAULT_REWARD: 1.0})
+    await engine.start([policy])
+    maker = Source(
+        policy=policy,
+        policies=[policy],
+        tokenise=engine.tokenised if isinstance(engine, Tokenises) else None,
+        exact=exact,
+        most_tokens=engine.context_length,
+    )
+    shown = [demonstrations(one, maker) for group in groups for one in group.rollouts]
+    for reason, count in sum((one.unusable for one in shown), Counter[str]()).items():
+        logger.warning("%d calls of policy %r are left out: %s", count, policy.name, reason)
+    return sft_rows(kept_calls([call for one in shown for call in one.transitions], groups, keep), layout=layout)
 
 
 def _labelled(row: Row, samples: Sequence[Sample]) -> list[dict[str, list[int]]]:
