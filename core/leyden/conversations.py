@@ -19,7 +19,7 @@ Message = dict[str, object]
 ROLES = {"assistant": "assistant", "developer": "system", "system": "system", "tool": "tool", "user": "user"}
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 """Type of a content part -> the key of its text."""
-CALL_PARTS = ("tool_use", "tool_call")
+CALL_PARTS = ("tool_use", "tool_call", "function_call")
 RESULT_PARTS = ("tool_result", "tool_call_response")
 THOUGHTS = ("thinking", "redacted_thinking", "reasoning")
 """Parts and items that no later prompt shows."""
@@ -79,10 +79,11 @@ def _messages(message: Mapping[str, object]) -> list[Message]:
         raise DatasetError(f"a message of role {message.get('role')!r:.80} is no chat message of text and tool calls")
     parts = _parts(message.get("parts") if message.get("content") is None else message.get("content"))
     calls = message.get("tool_calls")
-    if isinstance(calls, list | tuple) and calls:  # LangChain keeps Anthropic's blocks beside the calls read from them
+    if isinstance(calls, list | tuple) and calls:  # LangChain keeps blocks and items beside the calls read from them
         read = [_nested_call(one) for one in calls]
     else:
-        read = [_call(part, "id", "input", "arguments") for part in parts if part.get("type") in CALL_PARTS]
+        made = [part for part in parts if part.get("type") in CALL_PARTS]
+        read = [_call(part, "call_id" if "call_id" in part else "id", "input", "arguments") for part in made]
     results = [_result(part) for part in parts if part.get("type") in RESULT_PARTS]
     said = [part for part in parts if part.get("type") not in (*CALL_PARTS, *RESULT_PARTS, *THOUGHTS)]
     text = "\n".join(_part_text(part) for part in said) or str(message.get("refusal") or "")

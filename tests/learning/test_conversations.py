@@ -6,8 +6,10 @@ import pytest
 
 from leyden.conversations import chat_messages, function_tools, same_calls
 from leyden.errors import DatasetError
+from leyden.wire.protocols import told_beside
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
+TOOL = {"type": "function", "function": {"name": "look"}}
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Why?"},
@@ -63,8 +65,10 @@ def test_every_protocol_gives_the_same_messages(recorded: list[object]) -> None:
 
 
 def test_langchains_calls_are_not_counted_twice_beside_the_blocks_they_were_read_from() -> None:
-    message = {"role": "assistant", "content": ANTHROPIC[2]["content"], "tool_calls": [CALL]}
-    assert chat_messages([message]) == [CONVERSATION[2]]
+    item = {"type": "function_call", "call_id": "c1", "id": "fc_1", "name": "look", "arguments": '{"at": 1}'}
+    for content in (ANTHROPIC[2]["content"], [{"type": "text", "text": "I look."}, item]):
+        message = {"role": "assistant", "content": content}
+        assert chat_messages([message]) == chat_messages([{**message, "tool_calls": [CALL]}]) == [CONVERSATION[2]]
 
 
 def test_a_bare_prompt_is_what_a_user_said_and_a_refusal_is_content() -> None:
@@ -125,3 +129,19 @@ def test_calls_are_the_same_whatever_the_spelling_of_their_arguments() -> None:
     assert same_calls([CALL], [spaced])
     assert not same_calls([CALL], [{"function": {"name": "look", "arguments": '{"at": 2}'}}])
     assert not same_calls([CALL], [])
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ({"tools": [TOOL]}, {"gen_ai.tool.definitions": [TOOL]}),
+        ({"tools": [TOOL], "tool_choice": "none"}, {}),
+        ({"tools": [TOOL], "tool_choice": {"type": "none"}}, {}),
+        ({"tools": [TOOL], "tool_choice": {"type": "auto"}}, {"gen_ai.tool.definitions": [TOOL]}),
+        ({"previous_response_id": "resp_1"}, {"leyden.previous_response": "resp_1"}),
+        ({"conversation": {"id": "conv_1"}}, {"leyden.previous_response": {"id": "conv_1"}}),
+        ({"tools": []}, {}),
+    ],
+)
+def test_spans_say_what_a_model_is_told_beside_its_messages(body: dict[str, object], told: dict[str, object]) -> None:
+    assert told_beside(body) == told

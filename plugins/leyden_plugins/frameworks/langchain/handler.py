@@ -19,6 +19,7 @@ from leyden import wire
 from leyden.context import status_of
 from leyden.errors import DeadlineExceeded
 from leyden.spans import Kind, Status
+from leyden.wire.protocols import told_beside
 from leyden_plugins.frameworks.langchain.messages import answer_attributes, message_json, plain
 from leyden_plugins.frameworks.langchain.run import Run
 from leyden_plugins.frameworks.langchain.runs import Runs
@@ -173,6 +174,8 @@ class Recorder(BaseCallbackHandler):
         parameters = rest.get("invocation_params") or {}
         run.span.attributes["gen_ai.request.model"] = parameters.get("model") or parameters.get("model_name")
         run.span.attributes["gen_ai.input.messages"] = inputs()
+        # The wire reads only requests that it sends elsewhere.
+        run.span.attributes.update({name: plain(value) for name, value in told_beside(parameters).items()})
         return run
 
     def on_llm_end(self, response: LLMResult, *, run_id: UUID, **rest: Any) -> None:
