@@ -67,6 +67,8 @@ class Fake:
     token_seconds: float = 0.0
     fails: int = 0
     """How many requests are answered with status 500."""
+    dies_of_a_push: bool = False
+    """Its engine is gone at the next one; the server answers on."""
     breaks_after: int | None = None
     """A stream's connection is cut after so many tokens."""
     asked: list[dict[str, Any]] = field(default_factory=list)
@@ -200,12 +202,20 @@ class Fake:
         body = await request.json()
         name, folder = body["lora_name"], Path(body["lora_path"])
         self.calls.append(f"load {name}")
+        if self.dies():
+            return refusal(400, "EngineCore encountered an issue")
         if name in self.adapters:
             return refusal(400, f"The lora adapter '{name}' has already been loaded. Set 'load_inplace' to True.")
         if not (folder / "adapter_config.json").is_file():
             return refusal(404, f"Loading lora {name} failed: No adapter found for {folder}")
         self.adapters[name] = self.shift + shift_of(folder)
         return web.Response(text=f"Success: LoRA adapter '{name}' added successfully.")
+
+    def dies(self) -> bool:
+        """Whether it does so now, of the push that comes."""
+        self.is_dead = self.is_dead or self.dies_of_a_push
+        self.dies_of_a_push = False
+        return self.is_dead
 
     async def unload_lora(self, request: web.Request) -> web.Response:
         name = (await request.json())["lora_name"]
@@ -232,6 +242,8 @@ class Fake:
     def load(self, folder: Path) -> web.Response:
         if self._open.is_set() or self.running:
             self.is_dead = True  # as vLLM dies of it
+            return refusal(500, "EngineCore encountered an issue")
+        if self.dies():
             return refusal(500, "EngineCore encountered an issue")
         tensors = load_file(folder / "model.safetensors")
         if "model.norm.weight" not in tensors:

@@ -252,6 +252,38 @@ async def test_a_request_that_a_healthy_server_fails_at_is_an_error(qwen: Path, 
         assert_says(await ask(engine, request(PROMPT)), 0.0)
 
 
+async def test_stopping_ends_an_answer_whose_server_is_being_looked_at(qwen: Path) -> None:
+    fake = Fake()
+    async with attached(qwen, fake) as engine:
+        fake.fails = 1
+        failing = asyncio.create_task(ask(engine, request(PROMPT)))
+        await until(lambda: fake.fails == 0)
+        await asyncio.sleep(0.05)
+        await engine.stop()
+        with pytest.raises(EngineError):
+            await asyncio.wait_for(failing, 3)
+
+
+@pytest.mark.parametrize("policy", [WRITER, SOLVER])
+async def test_a_server_of_others_that_was_started_again_while_nobody_asked_gets_the_weights(
+    qwen: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leyden_plugins.engines.vllm.fleet.LOOK_SECONDS", 0.05)
+    async with serving(Fake()) as urls:
+        engine = VLLMEngine(qwen, urls=urls)
+        await engine.start([policy])
+        weights = whole_weights(0.5) if policy is SOLVER else lora_weights(0.5)
+        await engine.publish(policy.name, 1, weights)
+    await asyncio.sleep(0.5)
+    async with serving(Fake(), ports=[int(urls[0].rpartition(":")[2])]):
+        try:
+            generation = await engine.generate(request(PROMPT, model=policy.name))
+            assert generation.version == 1
+            assert_says((await collect(generation))[0], 0.5)
+        finally:
+            await engine.stop()
+
+
 async def test_it_is_used_from_several_loops(qwen: Path) -> None:
     async with attached(qwen, Fake()) as engine:
         assert_says(await ask(engine, request(PROMPT)), 0.0)
@@ -328,6 +360,22 @@ async def test_weights_that_do_not_fit_a_policy_are_refused(qwen: Path) -> None:
             await engine.start([Policy("late", lora=LoRA(rank=16))])
 
 
+@pytest.mark.parametrize("policy", [WRITER, SOLVER])
+async def test_an_engine_that_dies_of_a_push_is_waited_for_and_given_the_weights_again(
+    qwen: Path, policy: Policy
+) -> None:
+    fake = Fake()
+    async with attached(qwen, fake, policies=[policy]) as engine:
+        weights = whole_weights if policy is SOLVER else lora_weights
+        await engine.publish(policy.name, 1, weights(0.5))
+        fake.dies_of_a_push = True
+        push = asyncio.create_task(engine.publish(policy.name, 2, weights(0.8)))
+        await until(lambda: engine.restarts == 1 or push.done())
+        fake.is_dead = False
+        await push
+        assert_says(await ask(engine, request(PROMPT, model=policy.name)), 0.8)
+
+
 # ---- whole weights -------------------------------------------------------------------------------------------------
 
 
@@ -389,6 +437,34 @@ async def test_weights_that_the_server_refuses_leave_it_serving_what_it_did(qwen
         assert_says((await collect(generation))[0], 0.5)
 
 
+async def test_refused_weights_leave_several_servers_serving_and_a_broken_one_broken(
+    qwen: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("leyden_plugins.engines.vllm.fleet.SUSPECT_SECONDS", 0.1)
+    odd = Weights(tensors={"odd": torch.ones(1)})
+    fakes = [Fake(), Fake()]
+    async with attached(qwen, *fakes, policies=[SOLVER]) as engine:
+        await engine.publish("solver", 1, whole_weights(0.5))
+        with pytest.raises(ConfigurationError, match="refuses the weights"):
+            await engine.publish("solver", 2, odd)
+        assert_says(await ask(engine, request(PROMPT, model="solver")), 0.5)
+        fakes[1].packs_heads = True
+        with pytest.raises(EngineError, match="does not sample from the learner's weights"):
+            await engine.publish("solver", 3, whole_weights(0.8))
+        with pytest.raises(ConfigurationError, match="refuses the weights"):
+            await engine.publish("solver", 4, odd)
+        with pytest.raises(EngineError, match="push of version 3 of 'solver' failed"):
+            await engine.generate(request(PROMPT, model="solver"))
+    fake = Fake(packs_heads=True)
+    async with attached(qwen, fake, policies=[SOLVER]) as engine:
+        with pytest.raises(EngineError, match="does not sample from the learner's weights"):
+            await engine.publish("solver", 1, whole_weights(0.8))
+        with pytest.raises(ConfigurationError, match="refuses the weights"):
+            await engine.publish("solver", 2, odd)
+        with pytest.raises(EngineError, match="push of version 1 of 'solver' failed"):
+            await engine.generate(request(PROMPT, model="solver"))
+
+
 async def test_whole_weights_are_for_one_policy_alone(qwen: Path) -> None:
     for others in ([Policy("b")], [WRITER], [Policy("judge", trainable=False)]):
         with pytest.raises(ConfigurationError, match="'solver' trains all weights, of which a vLLM server has one set"):
@@ -397,6 +473,22 @@ async def test_whole_weights_are_for_one_policy_alone(qwen: Path) -> None:
         await engine.start([SOLVER])
         with pytest.raises(ConfigurationError, match="cannot be served beside others"):
             await engine.start([Policy("other")])
+
+
+async def test_a_policy_that_has_adapters_beside_it_cannot_become_one_with_whole_weights(qwen: Path) -> None:
+    fake = Fake()
+    async with attached(qwen, fake, policies=[WRITER, Policy("judge", trainable=False)]) as engine:
+        with pytest.raises(ConfigurationError, match="cannot be served beside others"):
+            await engine.start([Policy("judge")])
+        await engine.publish("writer", 1, lora_weights(0.5))
+        assert_says(await ask(engine, request(PROMPT, model="judge")), 0.0)
+    async with attached(qwen, fake) as engine:
+        await engine.publish("writer", 1, lora_weights(0.5))
+        with pytest.raises(ConfigurationError, match="cannot be served beside others"):
+            await engine.start([Policy("writer")])
+    async with attached(qwen, fake, policies=[Policy("solver", trainable=False)]) as engine:
+        await engine.start([SOLVER])
+        await engine.publish("solver", 1, whole_weights(0.5))
 
 
 # ---- sleep ---------------------------------------------------------------------------------------------------------
@@ -416,6 +508,29 @@ async def test_asleep_requests_wait_and_weights_are_refused(qwen: Path) -> None:
         await engine.wake()
         assert_says(await waiting, 0.0)
         assert fake.calls == ["sleep", "wake"]
+
+
+async def test_stopping_ends_requests_that_wait_for_the_engine_to_wake(qwen: Path) -> None:
+    async with attached(qwen, Fake(), sleep=True) as engine:
+        await engine.sleep()
+        waiting = asyncio.create_task(ask(engine, request(PROMPT)))
+        await asyncio.sleep(0.05)
+        await engine.stop()
+        with pytest.raises(EngineError, match="was stopped"):
+            await asyncio.wait_for(waiting, 3)
+
+
+async def test_a_sleep_that_was_given_up_leaves_it_awake_and_a_run_that_broke_off_asleep_is_no_trap(qwen: Path) -> None:
+    fake = Fake(token_seconds=0.01)
+    async with attached(qwen, fake, sleep=True) as engine:
+        running = await engine.generate(request(PROMPT, max_tokens=100, seed=7))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.sleep(), 0.1)
+        assert_says(await asyncio.wait_for(ask(engine, request(PROMPT)), 3), 0.0)
+        await collect(running)
+        await engine.sleep()
+        await engine.start([WRITER])
+        assert_says(await asyncio.wait_for(ask(engine, request(PROMPT)), 3), 0.0)
 
 
 # ---- what a server lacks -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,16 @@ async def test_a_killed_server_is_started_again_with_its_weights_and_no_waiting_
         assert engine.restarts == 1
 
 
+async def test_restarts_that_were_asked_for_are_no_deaths(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "MOST_RESTARTS", 1)
+    async with started(qwen, tmp_path, replicas=2) as engine:
+        await engine.restart()
+        assert_says(await ask(engine, request(PROMPT)), 0.0)
+        assert engine.restarts == 2
+
+
 async def test_whole_weights_come_back_after_a_kill(qwen: Path, tmp_path: Path) -> None:
     async with started(qwen, tmp_path, [SOLVER]) as engine:
         await engine.publish("solver", 1, whole_weights(0.5))
@@ -148,6 +159,20 @@ async def test_a_server_that_dies_too_often_is_given_up_with_the_end_of_its_log(
             ) as told:
                 await work
             assert "out of memory" not in str(told.value), "that was the run before"
+
+
+async def test_weights_that_a_new_server_cannot_get_are_said_to_be_why_it_is_given_up(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet, "MOST_RESTARTS", 1)
+    async with started(qwen, tmp_path) as engine:
+        await engine.publish("writer", 1, lora_weights(0.5))
+        for folder in engine._running.folders.root.glob("weights-*"):  # type: ignore[union-attr]
+            shutil.rmtree(folder)
+        os.kill(engine.pids[0], signal.SIGKILL)
+        await until(lambda: engine._running.fleet.failure is not None, seconds=20)  # type: ignore[union-attr]
+        with pytest.raises(EngineError, match=r"not started again. .*cannot load the adapter in .*No adapter found"):
+            await ask(engine, request(PROMPT))
 
 
 async def test_a_server_that_does_not_start_shows_the_end_of_its_log(qwen: Path, tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ class VLLMEngine:
     # ---- life --------------------------------------------------------------------------------------------------
 
     async def start(self, policies: Sequence[Policy]) -> None:
-        """Start or find the servers once; serve the base under each new policy's name as version 0.
+        """Start or find the servers once, wake them; serve the base under each new policy's name as version 0.
 
         Raises:
             ConfigurationError: a vLLM that cannot be driven, servers that lack something, or policies that a server
@@ -181,6 +181,7 @@ class VLLMEngine:
             wanted = plan(policies)
             if self._running is None:
                 self._running = await open_servers(self._options, wanted)
+            await self.wake()  # a run that broke off may have left it asleep
             self._running.policies.add(policies, wanted)
 
     async def generate(self, request: GenerationRequest) -> Generation:

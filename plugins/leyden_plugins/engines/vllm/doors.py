@@ -35,6 +35,11 @@ class Door:
             if was_shut and not self._reasons:
                 self._opening.set_result(None)
 
+    def open_wide(self) -> None:
+        """Take all reasons away."""
+        for reason in tuple(self._reasons):
+            self.open(reason)
+
     async def passed(self) -> None:
         """Wait until it is open."""
         while not self.is_open:

@@ -26,6 +26,8 @@ from leyden_plugins.engines.vllm.replica import Replica
 
 MOST_RESTARTS, RESTART_WINDOW_SECONDS = 3, 600.0
 WATCH_SECONDS = 0.2
+LOOK_SECONDS = 2.0
+"""How often servers that are not ours are looked at: shorter than one takes to start."""
 SUSPECT_SECONDS = 3.0
 """How long a server that failed a request may still look well: an engine that has died takes a moment to say so."""
 REMEMBERED_AFFINITIES = 65_536
@@ -124,7 +126,7 @@ class Fleet:
         """
         for replica in self.replicas:
             if replica.process is not None:
-                self._begin_restart(replica)
+                self._begin_restart(replica, has_died=False)
         await self.all_ready()
 
     async def all_ready(self) -> None:
@@ -143,7 +145,8 @@ class Fleet:
         self.failure = self.failure or reason
         for replica in self.replicas:
             replica.is_ready = False
-        self.ready.open(NO_SERVER)  # whoever waits finds the failure
+        for door in (self.entrance, self.ready):  # whoever waits finds the failure
+            door.open_wide()
 
     async def _launch(self, replica: Replica) -> None:
         if self._environment is None:
@@ -161,32 +164,34 @@ class Fleet:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(WATCH_SECONDS)
-            for replica in () if self.is_asleep else self.replicas:
-                if replica.is_ready and replica.process is not None and not replica.process.is_running:
-                    self._begin_restart(replica)
+            await asyncio.sleep(LOOK_SECONDS if self._environment is None else WATCH_SECONDS)
+            if not self.is_asleep:
+                await asyncio.gather(*(self._look_at(replica) for replica in self.replicas))
 
-    def _begin_restart(self, replica: Replica) -> None:
+    async def _look_at(self, replica: Replica) -> None:
+        # Also where nobody asks it for anything: it would come back without the published weights.
+        if replica.is_ready and await replica.is_gone():
+            self._begin_restart(replica)
+
+    def _begin_restart(self, replica: Replica, *, has_died: bool = True) -> None:
         if self.failure is not None or not replica.is_ready:
             return
         replica.is_ready = False
         if not any(one.is_ready for one in self.replicas):
             self.ready.shut(NO_SERVER)
-        task = asyncio.get_running_loop().create_task(self._start_again(replica))
+        task = asyncio.get_running_loop().create_task(self._start_again(replica, has_died=has_died))
         self._restarting[replica.index] = task
 
-    async def _start_again(self, replica: Replica) -> None:
+    async def _start_again(self, replica: Replica, *, has_died: bool) -> None:
+        wrong: str | None = None
         while True:
-            now = time.monotonic()
-            while self._restarted_at and now - self._restarted_at[0] > RESTART_WINDOW_SECONDS:
-                self._restarted_at.popleft()
-            if len(self._restarted_at) >= MOST_RESTARTS:
+            if has_died and self._dies_too_often():
                 self.fail(
                     f"vLLM has died more than {MOST_RESTARTS} times in {RESTART_WINDOW_SECONDS / 60:g} minutes; "
-                    f"it is not started again. {replica.last_words()}"
+                    f"it is not started again. {wrong or replica.last_words()}"
                 )
                 return
-            self._restarted_at.append(now)
+            has_died = True  # a restart that was asked for is no death; one that fails is
             self.restarts += 1
             try:
                 if replica.process is not None:
@@ -194,11 +199,19 @@ class Fleet:
                 await self._launch(replica)
                 await replica.wait_until_healthy(self._options.start_seconds)
                 await self._restore(replica)
-            except Exception:  # it counts as one of the restarts, of which there are few
+            except Exception as error:  # it counts as one of the restarts, of which there are few
+                wrong = str(error) or repr(error)
                 continue
             replica.is_ready = True
             self.ready.open(NO_SERVER)
             return
+
+    def _dies_too_often(self) -> bool:
+        now = time.monotonic()
+        while self._restarted_at and now - self._restarted_at[0] > RESTART_WINDOW_SECONDS:
+            self._restarted_at.popleft()
+        self._restarted_at.append(now)
+        return len(self._restarted_at) > MOST_RESTARTS
 
     # ---- on the loops of requests ------------------------------------------------------------------------------
 

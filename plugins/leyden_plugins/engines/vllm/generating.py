@@ -55,6 +55,11 @@ async def fill(
                     return
                 stream.put(delta)
                 del stream  # held only by whoever reads it: dropping it is how a generation is given up
+    except asyncio.CancelledError:
+        last = held()
+        if last is not None:  # no reader has given this up
+            last.put(EngineError("the engine was stopped"))
+        raise
     except EngineError as error:
         end = error
     except Exception as error:

@@ -20,7 +20,7 @@ from pathlib import Path
 from leyden.errors import ConfigurationError, EngineError
 from leyden.interfaces import Weights
 from leyden.roles import RESERVED_MODEL, Policy
-from leyden_plugins.engines.servers.http import Unreachable
+from leyden_plugins.engines.servers.http import Refused, Unreachable
 from leyden_plugins.engines.vllm.checking import compare
 from leyden_plugins.engines.vllm.flags import RANKS, Serving, rank_of
 from leyden_plugins.engines.vllm.fleet import ASLEEP, Fleet, on_all
@@ -120,10 +120,12 @@ class Policies:
         """Serve the base, as version 0, under the names of new policies."""
         known = set(self.served) - {RESERVED_MODEL}
         new = [policy.name for policy in policies if policy.name not in known]
-        if new and known and (self.whole is not None or wanted.whole is not None):
+        # One that was served untrained may come again to train all weights.
+        others = [name for name in known if name != wanted.whole or self.served[name].name is not None]
+        if (others and wanted.whole is not None) or (new and known and self.whole is not None):
             raise ConfigurationError(
                 f"this engine serves {sorted(known)!r}, and a policy that trains all weights cannot be served beside "
-                f"others ({new!r} came now); stop the engine, or use another one"
+                f"others ({[policy.name for policy in policies]!r} came now); stop the engine, or use another one"
             )
         if wanted.loras and not self._serving.max_loras:
             raise ConfigurationError(
@@ -208,10 +210,15 @@ class Policies:
                 try:
                     await push(fleet, policy, version, weights, folder)
                     return
-                except Unreachable:
-                    if not tries_left:
+                except (EngineError, ConfigurationError) as error:
+                    is_gone = isinstance(error, Unreachable)
+                    # A server whose engine has died refuses whatever it is asked for, with any status.
+                    is_refused = isinstance(error, Refused) or isinstance(error.__cause__, Refused)
+                    if not tries_left or not (is_gone or is_refused):
                         raise
-                    await asyncio.gather(*(fleet.suspect(replica) for replica in fleet.replicas))
+                    are_down = await asyncio.gather(*(fleet.suspect(replica) for replica in fleet.replicas))
+                    if not is_gone and not any(are_down):
+                        raise
         except BaseException:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
             raise
@@ -268,13 +275,24 @@ class Policies:
     async def _publish_whole(self, fleet: Fleet, policy: str, version: int, weights: Weights, folder: Path) -> None:
         await self._quiet(fleet, CHANGING)
         async with self._changing:
+            broken_before, unchanged = self._broken, 0
             self._broken = f"a push of version {version!r} of {policy!r} failed, and what the servers serve is unknown"
+
+            async def replace(replica: Replica) -> None:
+                nonlocal unchanged
+                try:
+                    await replica.replace_weights(folder)
+                except ConfigurationError:
+                    unchanged += 1
+                    raise
+
             try:
-                await on_all(fleet.replicas, lambda one: one.replace_weights(folder))
+                await on_all(fleet.replicas, replace)
                 for replica in fleet.replicas:
                     await compare(replica, replica.base, weights, self._probe, self._serving.dtype)
             except ConfigurationError:
-                self._broken = None if len(fleet.replicas) == 1 else self._broken
+                if unchanged == len(fleet.replicas):
+                    self._broken = broken_before
                 raise
             self._broken = None
             with self._lock:
@@ -306,8 +324,12 @@ class Policies:
         """Let the servers free their memory once nothing runs."""
         if fleet.is_asleep:
             return
-        await self._quiet(fleet, ASLEEP)
-        await fleet.all_ready()
+        try:
+            await self._quiet(fleet, ASLEEP)
+            await fleet.all_ready()
+        except BaseException:  # nobody would wake what does not sleep
+            fleet.entrance.open(ASLEEP)
+            raise
         fleet.is_asleep = True
         async with self._changing:
             await on_all(fleet.replicas, Replica.sleep)

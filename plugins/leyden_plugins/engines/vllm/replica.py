@@ -60,6 +60,18 @@ class Replica:
             return False
         return True
 
+    async def is_gone(self) -> bool:
+        """Say whether it has ended; one that is slow to answer has not."""
+        if self.process is not None:
+            return not self.process.is_running
+        try:
+            await self.http.get("/health", seconds=HEALTH_SECONDS)
+        except Unreachable as error:
+            return not isinstance(error.__cause__, TimeoutError)
+        except Refused:
+            return True
+        return False
+
     async def wait_until_healthy(self, seconds: float) -> None:
         """Wait for it.
 
