@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from leyden.conversations import same_calls
 from leyden.interfaces import GenerationRequest, Tokenises
@@ -105,6 +107,29 @@ def test_a_prompt_that_the_answer_takes_words_from_is_none() -> None:
         "{% if add_generation_prompt %}<|assistant|>Let me think: {% endif %}"
     )
     assert tiny(template).tokenised(request(), said("Because.")) is None
+
+
+def test_a_template_that_leaves_calls_out_is_none() -> None:
+    prompts = tiny(
+        "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    assert prompts.tokenised(request(), said("I look.")) is not None
+    assert prompts.tokenised(request(tools=[TOOL]), said("I look.", tool_calls=[CALL])) is None
+
+
+def test_an_answer_that_grows_together_with_the_prompt_is_none() -> None:
+    """A tokenizer that joins the prompt's last letter with the answer's first: no sampled answer looks like that."""
+    bare = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2, "!": 3}, merges=[("a", "b")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="!")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.content }}{% if message.role == 'assistant' %}!{% else %}a{% endif %}"
+        "{% endfor %}"
+    )
+    prompts = Prompts(chat=Chat(Codec(tokenizer)), vocabulary=4, eos=frozenset({3}))
+    asked = request([{"role": "user", "content": "b"}])
+    assert prompts.tokenised(asked, said("a")) == ((1, 0), (0, 3))
+    assert prompts.tokenised(asked, said("b")) is None
 
 
 def test_special_tokens_in_front_of_every_answer_are_the_models_to_say() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from leyden import mdp
-from leyden.credit import discounted
+from leyden.credit import discounted, per_turn
 from leyden.demonstrations import Demonstrations, Source, demonstrations
 from leyden.errors import ConfigurationError
 from leyden.interfaces import GenerationRequest, RolloutRecords
@@ -96,7 +96,8 @@ def test_without_exact_recorded_tokens_of_another_tokenizer_are_left_alone() -> 
 
 def test_an_answer_that_never_arrived_is_no_demonstration() -> None:
     lost = call([1], choice([2]), span_id="s0", delivered=False)
-    assert shown(recorded("x", status=Status.INTERRUPTED), completions=[lost]).transitions == []
+    failed = shown(recorded("x", status=Status.INTERRUPTED), completions=[lost])
+    assert (failed.transitions, failed.unusable) == ([], {})
     (again,) = shown(recorded("x"), completions=[lost]).transitions  # another server answered in the end
     assert again.is_retokenised
 
@@ -120,6 +121,13 @@ def test_returns_are_those_of_credit_assignment_over_all_calls_of_the_role() -> 
         ("s1", 1, 0.5),
         ("s2", 2, 1.25),
     ]
+
+
+def test_turns_are_counted_over_the_calls_of_all_roles_with_tokens_or_without() -> None:
+    spans = [recorded("a", span_id="s0"), recorded("b", span_id="c0", role="checker", start_ns=10)]
+    one = records(total=0.0, rewards=[reward(1.0, span="c0")])
+    (found,) = shown(*spans, one=one, credit=per_turn(0.5, across_roles=True)).transitions
+    assert (found.span_id, found.value) == ("s0", 0.5)
 
 
 def test_rollouts_without_a_reward_are_shown_and_unfinished_ones_are_not() -> None:
