@@ -20,6 +20,7 @@ from typing import cast
 
 from leyden import __version__
 from leyden.deploying.export import export
+from leyden.deploying.exported import POLICIES
 from leyden.doctor import doctor
 from leyden.errors import ConfigurationError, LeydenError, PluginError
 from leyden.hookspecs import KINDS, Component
@@ -94,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--tokens", action="store_true", help="token ids and log-probabilities")
     one.add_argument("--tree", action="store_true", help="the merged token tree of each policy instead")
 
-    one = commands.add_parser("export", help="write a run's policies as Hugging Face folders")
+    one = commands.add_parser("export", help="write a run's policies and prompts to a folder for the app")
     one.add_argument("run", help="run folder")
     one.add_argument("out", help="folder to make")
     one.add_argument("--step", type=int, help="of the checkpoint; default the latest")
@@ -223,8 +224,9 @@ def _run_folder(given: str | None) -> Path:
 def export_command(options: argparse.Namespace) -> int:
     """Write policies out and say what to do with them."""
     out = export(options.run, options.out, step=options.step)
-    print(f"wrote {out}; {out / 'SERVE.md'} says how to serve and call it")
-    print(f"first: {program()} serve {shlex.quote(str(out))}")
+    print(f"wrote {out}; {out / 'SERVE.md'} says how to use it")
+    if (out / POLICIES).is_dir():
+        print(f"first: {program()} serve {shlex.quote(str(out))}")
     return 0
 
 

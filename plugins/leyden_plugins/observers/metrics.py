@@ -76,6 +76,17 @@ THEMES: dict[str, dict[str, Metric]] = {
         "learning_rate": Metric("learning rate", "of the step"),
         "policy/updates": Metric("policies", "policies that got a new version in the step"),
     },
+    "Prompts": {
+        "prompts/score_before": Metric("reward", "mean on the selection tasks under what the roles said before"),
+        "prompts/score_after": Metric("reward", "the same under the best candidate; compared with, so not held out"),
+        "prompts/candidates": Metric("candidates", "prompts that were compared on the selection tasks"),
+        "prompts/rejected": Metric("proposals", "proposals that were no better than their parent on a few tasks"),
+        "prompts/rollouts": Metric("rollouts", "different rollouts that the search looked at, found or paid"),
+        "prompts/unrewarded": Metric("rollouts", "of these, those without a reward, which count as 0"),
+        "prompts/reflection_calls": Metric("calls", "calls of the reflection model"),
+        "prompts/reflection_tokens": Metric("tokens", "asked and answered, as far as the model tells"),
+        "prompts/reflection_errors": Metric("calls", "of these calls, those that failed"),
+    },
     "Off-policy": {
         "mismatch/mean": Metric(
             "nats a token", "mean |recorded log-probability - the learner's own| before the step's first update"

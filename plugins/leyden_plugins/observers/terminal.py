@@ -309,8 +309,11 @@ def _next(summary: Mapping[str, object]) -> list[Text]:
         (f"{leyden} rollouts {folder}", "every rollout"),
         (" ".join([leyden, "show", folder, *map(shlex.quote, filter(None, shown))]), "one of them: who said what"),
     ]
-    if summary.get("checkpoint"):
+    if summary.get("policies") == {}:
+        rows.append((f"{leyden} prompts {folder}", "the search, and what has changed"))
+    elif summary.get("checkpoint"):
         rows.append((f"{leyden} serve {shlex.quote(str(summary['checkpoint']))}", "the trained model, OpenAI style"))
+    if summary.get("checkpoint"):
         rows.append((f"{leyden} export {folder} exported", "a folder for your app"))
     width = max(len(command) for command, _ in rows)
     page = f"\ncurves, table and rollouts in a browser: {Path(str(run)).resolve() / REPORT}"
