@@ -43,6 +43,19 @@ def chat_messages(value: object) -> list[Message]:
     return found
 
 
+def asked_messages(attributes: Mapping[str, object]) -> list[Message]:
+    """Return what a span says a model was asked, with instructions that the GenAI conventions keep apart.
+
+    Raises:
+        DatasetError: as `chat_messages`.
+    """
+    messages = chat_messages(attributes.get("gen_ai.input.messages"))
+    instructions = _text(attributes.get("gen_ai.system_instructions"))
+    if not instructions or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": instructions}, *messages]
+
+
 def function_tools(value: object) -> list[Message]:
     """Return tools in the form of OpenAI's chat API.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from leyden import mdp
-from leyden.conversations import chat_messages, function_tools
+from leyden.conversations import asked_messages, chat_messages, function_tools
 from leyden.credit import Credit, broadcast
 from leyden.errors import ConfigurationError, DatasetError
 from leyden.interfaces import GenerationRequest, RolloutRecords, Transition
@@ -143,7 +143,7 @@ def _tokenised(span: Span, source: Source) -> Completion:
     answers = chat_messages(known.get("gen_ai.output.messages"))
     request = GenerationRequest(
         model=source.policy.name,
-        messages=chat_messages(known.get("gen_ai.input.messages")),
+        messages=asked_messages(known),
         tools=function_tools(known.get("gen_ai.tool.definitions")),
     )
     if source.tokenise is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from leyden.conversations import chat_messages, function_tools, same_calls
+from leyden.conversations import asked_messages, chat_messages, function_tools, same_calls
 from leyden.errors import DatasetError
 from leyden.wire.protocols import told_beside
 
@@ -74,6 +74,15 @@ def test_langchains_calls_are_not_counted_twice_beside_the_blocks_they_were_read
 def test_a_bare_prompt_is_what_a_user_said_and_a_refusal_is_content() -> None:
     assert chat_messages("Why?") == [{"role": "user", "content": "Why?"}]
     assert chat_messages([{"role": "assistant", "content": None, "refusal": "No."}])[0]["content"] == "No."
+
+
+def test_instructions_that_stand_apart_come_first() -> None:
+    apart = {
+        "gen_ai.input.messages": GENAI[1:],
+        "gen_ai.system_instructions": [{"type": "text", "content": "Be brief."}],
+    }
+    assert asked_messages(apart) == asked_messages({**apart, "gen_ai.input.messages": GENAI}) == CONVERSATION
+    assert asked_messages({"gen_ai.input.messages": GENAI[1:]}) == CONVERSATION[1:]
 
 
 def test_a_failed_tool_says_so_and_text_beside_results_stays() -> None:
