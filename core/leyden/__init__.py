@@ -13,9 +13,12 @@ if TYPE_CHECKING:
     from leyden.deploying.deployment import deploy as deploy
     from leyden.endpoints import Endpoint as Endpoint
     from leyden.endpoints import endpoint as endpoint
+    from leyden.feedback import reward as reward
     from leyden.instrumentation import instrument as instrument
     from leyden.instrumentation import uninstrument as uninstrument
     from leyden.lastcall import last_call as last_call
+    from leyden.recording import Recording as Recording
+    from leyden.recording import record as record
     from leyden.rewards import NO_REWARD as NO_REWARD
     from leyden.rewards import emit_event as emit_event
     from leyden.rewards import emit_message as emit_message
@@ -37,6 +40,7 @@ HOMES = {
     "NO_REWARD": "leyden.rewards",
     "Phase": "leyden.chain",
     "Policy": "leyden.roles",
+    "Recording": "leyden.recording",
     "Sampling": "leyden.roles",
     "Trainer": "leyden.training.trainer",
     "declare_roles": "leyden.context",
@@ -49,6 +53,8 @@ HOMES = {
     "instrument": "leyden.instrumentation",
     "last_call": "leyden.lastcall",
     "per_rollout": "leyden.running.agents",
+    "record": "leyden.recording",
+    "reward": "leyden.feedback",
     "role": "leyden.context",
     "tool": "leyden.context",
     "uninstrument": "leyden.instrumentation",

@@ -23,14 +23,17 @@ from leyden.deploying.export import export
 from leyden.deploying.exported import POLICIES
 from leyden.doctor import doctor
 from leyden.errors import ConfigurationError, LeydenError, PluginError
+from leyden.feedback import joined, read
 from leyden.hookspecs import KINDS, Component
 from leyden.interfaces import RolloutRecords
 from leyden.plugins import Plugins, load_plugins
+from leyden.rewards import DEFAULT_REWARD
 from leyden.show import one_line, printable, program, span_tree, task_text, token_trees
 from leyden.spans import FINISHED, Mode, Rollout, RolloutState
 from leyden.spantree import model_calls
 from leyden.sqlite import SQLiteStore
 from leyden.training.runfolder import RESUME_STEPS_VARIABLE, RESUME_VARIABLE, RUN, STORE, read_json
+from leyden.training.stored import store_files
 
 RUNS = Path("runs")
 """Where `Trainer` puts runs that were not named."""
@@ -163,17 +166,24 @@ def show_command(options: argparse.Namespace) -> int:
 
 
 async def _rollouts(folder: Path, options: argparse.Namespace) -> Sequence[Rollout]:
-    async with await SQLiteStore.open(folder / STORE, read_only=True) as store:
-        return await store.rollouts(
-            mode=None if options.mode is None else Mode(options.mode),
-            step=options.step,
-            state=None if options.state is None else RolloutState(options.state),
-        )
+    found: list[Rollout] = []
+    for path in store_files(folder):
+        async with await SQLiteStore.open(path, read_only=True) as store:
+            found += await store.rollouts(
+                mode=None if options.mode is None else Mode(options.mode),
+                step=options.step,
+                state=None if options.state is None else RolloutState(options.state),
+            )
+    return found
 
 
 async def _records(folder: Path, rollout_ids: Sequence[str]) -> Sequence[RolloutRecords]:
-    async with await SQLiteStore.open(folder / STORE, read_only=True) as store:
-        return await store.records(rollout_ids)
+    found: list[RolloutRecords] = []
+    for path in store_files(folder):
+        async with await SQLiteStore.open(path, read_only=True) as store:
+            own = {one.rollout_id for one in await store.rollouts()}
+            found += await store.records([one for one in rollout_ids if one in own])
+    return joined(found, read(folder), reward_weights={DEFAULT_REWARD: 1.0})
 
 
 async def _one_rollout(folder: Path, wanted: str | None) -> RolloutRecords:
@@ -182,23 +192,22 @@ async def _one_rollout(folder: Path, wanted: str | None) -> RolloutRecords:
     Raises:
         ConfigurationError: none or several.
     """
-    async with await SQLiteStore.open(folder / STORE, read_only=True) as store:
-        every = await store.rollouts()
-        if wanted is None:
-            finished = [one.rollout_id for one in every if one.state in FINISHED]
-            if not finished:
-                raise ConfigurationError(f"{str(folder)!r} holds no finished rollout yet")
-            found = [finished[-1]]
-        else:
-            ids = [one.rollout_id for one in every]
-            found = [wanted] if wanted in ids else [one for one in ids if one.startswith(wanted)]
-        if len(found) != 1:
-            near = f"{len(found)} rollouts start like this: {', '.join(found[:5])}" if found else "there is none"
-            where = shlex.quote(str(folder))
-            raise ConfigurationError(
-                f"rollout {wanted!r} in {str(folder)!r}: {near}; `{program()} rollouts {where}` lists them"
-            )
-        return (await store.records(found))[0]
+    every = await _rollouts(folder, argparse.Namespace(mode=None, step=None, state=None))
+    if wanted is None:
+        finished = [one.rollout_id for one in every if one.state in FINISHED]
+        if not finished:
+            raise ConfigurationError(f"{str(folder)!r} holds no finished rollout yet")
+        found = [finished[-1]]
+    else:
+        ids = [one.rollout_id for one in every]
+        found = [wanted] if wanted in ids else [one for one in ids if one.startswith(wanted)]
+    if len(found) != 1:
+        near = f"{len(found)} rollouts start like this: {', '.join(found[:5])}" if found else "there is none"
+        where = shlex.quote(str(folder))
+        raise ConfigurationError(
+            f"rollout {wanted!r} in {str(folder)!r}: {near}; `{program()} rollouts {where}` lists them"
+        )
+    return (await _records(folder, found))[0]
 
 
 def _run_folder(given: str | None) -> Path:

@@ -126,6 +126,9 @@ def leyden_register(registry: Registry) -> None:
         "report", lazy("leyden_plugins.observers.report:report_command"), summary="write a run's report.html again"
     )
     registry.command(
+        "rewards", lazy("leyden_plugins.rewards.command:rewards_command"), summary="attach rewards to stored rollouts"
+    )
+    registry.command(
         "prompts",
         lazy("leyden_plugins.algorithms.prompt.command:prompts_command"),
         summary="show a prompt search: its candidates, and the winner's changes",

@@ -13,6 +13,7 @@ from leyden import wire
 from leyden.deploying.exported import Export, read_export
 from leyden.errors import ConfigurationError
 from leyden.instrumentation import instrument, is_instrumented, uninstrument
+from leyden.recording import is_recording
 from leyden.roles import Route, Routing
 
 
@@ -34,7 +35,7 @@ class Deployment:
             return
         self.is_closed = True
         wire.set_default_routing(None)
-        if not self.was_instrumented:
+        if not self.was_instrumented and not is_recording():
             uninstrument()
             if self.had_wire:
                 wire.install()

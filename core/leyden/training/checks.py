@@ -17,7 +17,7 @@ def wanted_prompts(prompts: Mapping[str, str] | Sequence[str]) -> dict[str, str 
         ConfigurationError: a name or a text that is none.
     """
     wanted: dict[str, str | None] = dict(prompts) if isinstance(prompts, Mapping) else dict.fromkeys(prompts)
-    names_and_texts = [*wanted, *(text for text in wanted.values() if text is not None)]
+    names_and_texts: list[object] = [*wanted, *(text for text in wanted.values() if text is not None)]
     if isinstance(prompts, str) or not all(isinstance(one, str) and one for one in names_and_texts):
         raise ConfigurationError(
             f"prompts={prompts!r} must be role names, such as ['writer'], or role -> system prompt"

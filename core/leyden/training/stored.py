@@ -1,20 +1,18 @@
 """Rollouts that are stored already: of another run, of a recording, of imported traces; as groups to learn from.
 
-One idea: a folder's stores are read side by side and never written, also while their writers go on.
+One idea: a folder's stores are read side by side and never written, also while their writers go on, and joined with
+the rewards that came afterwards.
 One trap: what a run was evaluated on is held out for its successors too, so it is not among them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import msgspec
-
+from leyden import feedback
 from leyden.errors import ConfigurationError
 from leyden.interfaces import Group, RolloutRecords
-from leyden.rewards import total
 from leyden.spans import FINISHED, Mode
 from leyden.sqlite import SQLiteStore
 
@@ -25,10 +23,11 @@ LEARNT_FROM = frozenset({Mode.TRAIN, Mode.SEARCH, Mode.RECORDED})
 async def groups_of(source: str | Path, *, reward_weights: Mapping[str, float]) -> list[Group]:
     """Return the finished rollouts of a run folder or a store by group, in the order they were planned.
 
-    A rollout without a total gets it from its rewards and `reward_weights`.
+    A recorded rollout, or one with rewards that came afterwards, gets its total from `reward_weights`.
 
     Raises:
         ConfigurationError: there is no store.
+        DatasetError: the file of later rewards cannot be read.
         StoreError: a file is none of Leyden's, or of a newer version.
     """
     found: list[RolloutRecords] = []
@@ -38,8 +37,8 @@ async def groups_of(source: str | Path, *, reward_weights: Mapping[str, float]) 
             wanted = [one.rollout_id for one in rollouts if one.mode in LEARNT_FROM and one.state in FINISHED]
             found += await store.records(wanted)
     by_group: dict[str, list[RolloutRecords]] = {}
-    for one in found:
-        by_group.setdefault(one.rollout.group_id, []).append(_rewarded(one, reward_weights))
+    for one in feedback.joined(found, feedback.read(source), reward_weights=reward_weights):
+        by_group.setdefault(one.rollout.group_id, []).append(one)
     return [Group(group_id=name, task=group[0].rollout.task, rollouts=group) for name, group in by_group.items()]
 
 
@@ -57,11 +56,3 @@ def store_files(source: str | Path) -> Sequence[Path]:
             "'runs/production'"
         )
     return found
-
-
-def _rewarded(records: RolloutRecords, weights: Mapping[str, float]) -> RolloutRecords:
-    rollout = records.rollout
-    if rollout.reward is not None:
-        return records
-    reward = total(records.rewards, weights)
-    return replace(records, rollout=msgspec.structs.replace(rollout, reward=reward))

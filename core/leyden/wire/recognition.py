@@ -21,6 +21,7 @@ from leyden import context
 from leyden.context import Frame, RolloutContext
 from leyden.errors import LostContextError, RolloutError
 from leyden.roles import MAIN_ROLE
+from leyden.spans import Mode
 from leyden.wire.calls import ModelCall, open_call
 from leyden.wire.protocols import Place, place_of
 from leyden.wire.state import WIRE, is_below_the_wire, routing_of
@@ -77,7 +78,7 @@ def recognise(request: Outgoing) -> ModelCall | None:
     body = body_of(raw, place)
     if body is None:
         return None
-    if is_routed and rollout is not None and rollout.is_closed:
+    if is_routed and rollout is not None and rollout.is_closed and rollout.mode is not Mode.RECORDED:
         raise RolloutError(
             f"role {role!r} calls a model for rollout {rollout.rollout_id!r}, which is over; "
             "await or cancel the agent's background work before it returns"

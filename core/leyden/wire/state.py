@@ -11,6 +11,7 @@ from typing import Protocol
 from leyden.context import Frame
 from leyden.patching import Patches
 from leyden.roles import Routing
+from leyden.spans import Mode
 
 
 class Library(Protocol):
@@ -80,7 +81,7 @@ def is_routed(frame: Frame) -> bool:
 
 
 def routing_of(frame: Frame | None) -> Routing | None:
-    """Return the routing of the frame's rollout, else the deployed app's."""
-    if frame is not None and frame.rollout is not None:
+    """Return the routing of the frame's rollout, else the deployed app's; one that is only recorded has none."""
+    if frame is not None and frame.rollout is not None and frame.rollout.mode is not Mode.RECORDED:
         return frame.rollout.routing
     return WIRE.default_routing
