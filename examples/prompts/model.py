@@ -105,11 +105,17 @@ class Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
+class Server(ThreadingHTTPServer):
+    """Takes many connections at once: a search asks from many rollouts."""
+
+    request_queue_size = 256
+    daemon_threads = True
+
+
 @contextmanager
 def serving() -> Iterator[str]:
     """Serve both models on a free port of this machine for the length of the block; yield the address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import pytest
@@ -12,7 +12,7 @@ from examples.prompts import letters, model
 from leyden.errors import ConfigurationError, RolloutError
 from leyden.interfaces import Group, RolloutRecords
 from leyden.testing.records import a_rollout
-from leyden_plugins.algorithms.prompt import GEPA, BeamSearch, PromptSearch, ReflectionError
+from leyden_plugins.algorithms.prompt import GEPA, BeamSearch, PromptSearch, ReflectionError, gepa
 from leyden_plugins.algorithms.prompt.search import split_tasks
 from tests.prompts.desk import SEEDS, Desk, Editor, Killed, run
 
@@ -141,6 +141,39 @@ def test_a_beam_goes_on_from_its_best_candidates_only() -> None:
         beam = sorted([*beam, *children], key=lambda one: (-one.score, one.number))[:2]
     assert len(parents_of_round) >= 3
     assert desk.record.winner == beam[0].number
+
+
+def two_sided(prompts: Mapping[str, str], task: int, score: float) -> float:
+    """Reward X in one role on even tasks and Y in another on odd ones; either alone harms the other half."""
+    has = (prompts["sorter"].endswith("X"), prompts["writer"].endswith("Y"))
+    own, other = has if task % 2 == 0 else has[::-1]
+    return 1.0 if own else 0.25 if other else 0.5
+
+
+def one_sided(messages: Sequence[Mapping[str, str]]) -> str:
+    """Improve each of the two roles for its own half of the tasks."""
+    question = messages[0]["content"]
+    role = next(role for role in SEEDS if f"of the role {role!r}" in question)
+    return f"```\n{SEEDS[role]}{ {'sorter': ' X', 'writer': ' Y'}.get(role, '') }\n```"
+
+
+def test_candidates_that_have_improved_different_roles_are_merged() -> None:
+    desk = Desk(reward=two_sided)
+    search = GEPA(reflection=one_sided, budget=400, minibatch=1, merge=True, seed=1)
+    candidates = run(search, desk)
+    [merged] = [one for one in candidates if len(one.parents) > 1]
+    assert [candidates[parent].changed for parent in merged.parents] == [["sorter"], ["writer"]]
+    assert (merged.prompts["sorter"], merged.prompts["writer"]) == (SEEDS["sorter"] + " X", SEEDS["writer"] + " Y")
+    assert merged.score == 1.0
+    assert desk.record.winner == merged.number
+
+
+def test_a_merge_refuses_rewards_below_0() -> None:
+    below = Desk(reward=lambda *_: -1.0)
+    with pytest.raises(ConfigurationError, match=r"merge=True needs rewards of at least 0, but a rollout has -1\.0"):
+        run(GEPA(reflection=Editor(), budget=200, merge=True), below)
+    run(GEPA(reflection=Editor(), budget=200), below)
+    assert below.record.winner == 0
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
@@ -332,3 +365,12 @@ def test_a_single_task_is_refused() -> None:
 def test_the_example_s_model_is_as_good_as_its_prompt() -> None:
     assert model.desk(SEEDS["sorter"], "Letter: my invoice") == "GENERAL"
     assert model.desk(SEEDS["sorter"] + model.queue_rule("invoice"), "Letter: my invoice") == "BILLING"
+
+
+def test_what_fails_where_gepa_would_go_on_stops_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("no such heading")
+
+    monkeypatch.setattr(gepa, "examples", broken)
+    with pytest.raises(KeyError, match="no such heading"):
+        run(GEPA(reflection=Editor(), budget=120), Desk())

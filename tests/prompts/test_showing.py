@@ -97,10 +97,17 @@ def test_feedback_has_the_rewards_of_the_whole_and_of_this_role_events_and_the_e
         "manners of this role: 0.1",
         "taste of call 1: 0.3",
         "note: text: too late",
+        "note in 'cook': text: too salty",
         "the run failed with AppError: no key",
     ]
     unrewarded = records([call([ASKED], [ANSWER])], rollout=a_rollout())
     assert example(unrewarded, "butler")["Feedback"] == "reward of the whole: none, which counts as 0"
+
+
+def test_of_many_events_the_last_are_shown() -> None:
+    events = [a_span(kind=Kind.EVENT, name=f"e{number}", start_ns=number) for number in range(30)]
+    lines = example(records([call([ASKED], [ANSWER]), *events]), "butler")["Feedback"].splitlines()
+    assert lines[1:3] == ["[20 earlier events are left out]", "e20: "]
 
 
 def test_tools_are_shown_where_the_conversation_does_not_show_them() -> None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-from collections.abc import Coroutine, Mapping, Sequence
+import functools
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from leyden.errors import ConfigurationError
 from leyden.extras import extra
@@ -26,6 +27,7 @@ from leyden_plugins.algorithms.prompt.showing import calls_of, examples
 MOST_IN_VAIN = 20
 """Reflection calls in a row whose proposals had been tried before; a model that says nothing new ends the search."""
 
+Given = ParamSpec("Given")
 Result = TypeVar("Result")
 Texts = dict[Any, str]
 """A candidate as gepa sees it: a role's place -> its prompt. Places are numbers, for gepa goes through sets of them,
@@ -77,7 +79,9 @@ class GEPA(PromptSearch):
         from gepa.strategies.proposal_selection import BestImprovement
 
         # Any: gepa's protocols say `str` where roles are numbers here.
-        adapter: Any = Adapter(search, bridge, hints=self.hints, changes_all=self.module_selector == "all")
+        adapter: Any = Adapter(
+            search, bridge, hints=self.hints, changes_all=self.module_selector == "all", merges=self.merge
+        )
         try:
             optimize(
                 seed_candidate=adapter.texts(search.seeds),
@@ -108,6 +112,19 @@ class Ended(BaseException):
     def __init__(self, cause: BaseException) -> None:
         super().__init__(str(cause))
         self.cause = cause
+
+
+def heard(work: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Make what gepa calls end the search when it fails, where gepa would log the failure and go on."""
+
+    @functools.wraps(work)
+    def call(*args: Given.args, **options: Given.kwargs) -> Result:
+        try:
+            return work(*args, **options)
+        except Exception as error:
+            raise Ended(error) from error
+
+    return call
 
 
 class Bridge:
@@ -154,11 +171,12 @@ class Adapter:
     propose_new_texts = None
     """gepa proposes nothing at all where this attribute is missing."""
 
-    def __init__(self, search: Search, bridge: Bridge, *, hints: str, changes_all: bool) -> None:
+    def __init__(self, search: Search, bridge: Bridge, *, hints: str, changes_all: bool, merges: bool) -> None:
         self._search = search
         self._bridge = bridge
         self._hints = hints
         self._changes_all = changes_all
+        self._merges = merges
         self._roles = list(search.seeds)
         self._numbers: dict[int, int] = {}
         """gepa's number of a candidate -> the search's."""
@@ -177,15 +195,23 @@ class Adapter:
 
     # ---- evaluation --------------------------------------------------------------------------------------------
 
+    @heard
     def evaluate(self, batch: list[int], candidate: Texts, capture_traces: bool = False) -> Any:
         """Try one candidate."""
         return self.batch_evaluate([(candidate, batch)])[0]
 
+    @heard
     def batch_evaluate(self, items: Sequence[tuple[Texts, list[int]]], *, capture_traces: bool = True) -> list[Any]:
         """Try several candidates at once."""
         from gepa.core.adapter import EvaluationBatch
 
         found = self._bridge.call(self._search.evaluate([(self.prompts(texts), tasks) for texts, tasks in items]))
+        least = min(one.score for tried in found for one in tried)
+        if self._merges and least < 0:
+            raise ConfigurationError(
+                f"GEPA: merge=True needs rewards of at least 0, but a rollout has {least!r}: candidates are drawn for "
+                "a merge by their scores; raise all rewards by a constant, or leave merge out"
+            )
         return [
             EvaluationBatch(
                 outputs=[one.records.rollout.rollout_id for one in tried],
@@ -197,6 +223,7 @@ class Adapter:
 
     # ---- reflection --------------------------------------------------------------------------------------------
 
+    @heard
     def roles_to_change(self, state: Any, tried: list[Tried], scores: Any, index: int, candidate: Texts) -> list[int]:
         """Return the places of all roles that spoke, or of the next one in turn."""
         count = len(self._roles)
@@ -208,6 +235,7 @@ class Adapter:
         turns[index] = (chosen + 1) % count
         return [chosen]
 
+    @heard
     def make_reflective_dataset(self, candidate: Texts, batch: Any, places: list[int]) -> Mapping[Any, Any]:
         """Return what each of these roles did in the batch's rollouts."""
         records = [one.records for one in batch.trajectories]
@@ -217,6 +245,7 @@ class Adapter:
         """Propose new texts for some roles of one candidate."""
         return self.reflect_many([(candidate, dataset, places)])[0]
 
+    @heard
     def reflect_many(self, jobs: Sequence[tuple[Texts, Mapping[Any, Any], list[int]]]) -> list[Any]:
         """Propose new texts for several candidates at once; none where the model failed."""
         from gepa.proposer.reflective_mutation.reflection_lm import ReflectionProposal
@@ -257,14 +286,13 @@ class Adapter:
 
     # ---- events ------------------------------------------------------------------------------------------------
 
+    @heard
     def on_valset_evaluated(self, event: Mapping[str, Any]) -> None:
         """Enter a candidate that was compared."""
-        scores = event["scores_by_val_id"]
         parents = [self._numbers[parent] for parent in event["parent_ids"]]
-        added = self._search.add(
-            self.prompts(event["candidate"]), parents=parents, scores=[scores[one] for one in sorted(scores)]
-        )
-        self._numbers[event["candidate_idx"]] = self._bridge.call(added).number
+        items = [(self.prompts(event["candidate"]), parents)]
+        [added] = self._bridge.call(self._search.compare(items))  # whose rollouts are all there
+        self._numbers[event["candidate_idx"]] = added.number
 
     def on_candidate_rejected(self, event: Mapping[str, Any]) -> None:
         """Count a proposal that was no better."""

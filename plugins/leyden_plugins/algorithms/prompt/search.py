@@ -154,9 +154,8 @@ class Search:
         """Try candidates on tasks, all at once.
 
         Raises:
-            SearchOver: that would exceed the budget, or the user wants to stop.
+            SearchOver: what is new of it would exceed the budget, or the user wants to stop.
         """
-        self._end_if_asked()
         wanted: dict[str, dict[int, None]] = {}
         prompts: dict[str, Prompts] = {}
         for candidate, tasks in items:
@@ -164,6 +163,8 @@ class Search:
             prompts[name] = candidate
             wanted.setdefault(name, {}).update(dict.fromkeys(tasks))
         new = {(name, task) for name, tasks in wanted.items() for task in tasks} - self._spent
+        if new:
+            self._end_if_asked()
         if len(new) > self.left:
             raise SearchOver(f"{len(self._spent)} of its {self.record.budget} rollouts are spent")
         self._spent |= new

@@ -23,8 +23,10 @@ MOST_CALLS = 6
 MOST_OF_CONVERSATION = 12_000
 """Characters of one role's calls in one rollout."""
 INSTRUCTIONS = "system: [the instructions above]"
+MOST_EVENTS = 10
+"""Of one rollout, the last ones: an app tells at its end what was wrong."""
 MAIN = "main"
-"""The role outside any named one: what happens there concerns every role."""
+"""The role outside any named one."""
 
 Example = dict[str, str]
 """Heading -> text."""
@@ -139,10 +141,13 @@ def feedback_lines(records: RolloutRecords, role: str) -> list[str]:
             lines.append(f"{reward.name} of call {numbers[reward.target_span]}: {reward.value:g}")
         elif reward.target_role == role:
             lines.append(f"{reward.name} of this role: {reward.value:g}")
-    for span in sorted(records.spans, key=lambda one: one.start_ns):
-        if span.kind is Kind.EVENT and span.role in (role, MAIN):
-            told = ", ".join(f"{name}: {as_text(value)}" for name, value in span.attributes.items())
-            lines.append(f"{span.name}: {cut(told)}" if told else span.name)
+    events = sorted((one for one in records.spans if one.kind is Kind.EVENT), key=lambda one: one.start_ns)
+    if len(events) > MOST_EVENTS:
+        lines.append(f"[{len(events) - MOST_EVENTS} earlier events are left out]")
+    for span in events[-MOST_EVENTS:]:
+        where = "" if span.role in (role, MAIN) else f" in {span.role!r}"
+        told = ", ".join(f"{name}: {as_text(value)}" for name, value in span.attributes.items())
+        lines.append(f"{span.name}{where}: {cut(told)}")
     if rollout.error is not None:
         lines.append(f"the run failed with {rollout.error_type}: {cut(rollout.error)}")
     return lines
