@@ -357,6 +357,14 @@ def test_a_budget_that_compares_nothing_is_refused_before_it_is_spent() -> None:
     assert desk.paid == []
 
 
+def test_a_budget_that_compares_few_candidates_is_told() -> None:
+    small, large = Desk(), Desk()
+    run(GEPA(reflection=Editor(), budget=50), small)
+    run(GEPA(reflection=Editor(), budget=70), large)
+    assert "budget=50 compares at most 3 candidates on 8 selection tasks" in small.told[0]
+    assert not any("compares at most" in line for line in large.told)
+
+
 def test_a_single_task_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="at least 2 tasks"):
         run(GEPA(reflection=Editor()), Desk(tasks=letters.draw(1, seed=0)))

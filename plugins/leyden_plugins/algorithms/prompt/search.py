@@ -27,6 +27,8 @@ from leyden_plugins.algorithms.prompt.showing import calls_of
 
 Prompts = Mapping[str, str]
 """Role -> system prompt."""
+FEW = 4
+"""Candidates; a budget for fewer is told to be small."""
 
 
 class Method(Protocol):
@@ -103,13 +105,7 @@ class Search:
             ConfigurationError: the budget is too small to compare a single candidate.
             RolloutError: every rollout under the seeds failed.
         """
-        need = 2 * len(self.split.selection) + 2 * minibatch + SEED_TASKS
-        if self.record.budget < need:
-            raise ConfigurationError(
-                f"budget={self.record.budget!r} is too small: comparing one candidate with the prompts of now takes up "
-                f"to {need} rollouts ({len(self.split.selection)} selection tasks for each, a minibatch of {minibatch} "
-                f"for each, {SEED_TASKS} to read the prompts); raise it, or lower selection="
-            )
+        self._check_budget(minibatch)
         searches = json.loads(await self._session.get_note(SEARCHES) or "[]")
         if self._step not in searches:
             await self._session.put_note(SEARCHES, json.dumps([*searches, self._step]))
@@ -128,6 +124,23 @@ class Search:
                 "are not improved"
             )
         await self.add(self.seeds, parents=[], scores=[one.score for one in tried])
+
+    def _check_budget(self, minibatch: int) -> None:
+        """Refuse a budget that compares no candidate, and tell one that compares few."""
+        budget, compared = self.record.budget, len(self.split.selection)
+        need = 2 * compared + 2 * minibatch + SEED_TASKS
+        if budget < need:
+            raise ConfigurationError(
+                f"budget={budget!r} is too small: comparing one candidate with the prompts of now takes up to {need} "
+                f"rollouts ({compared} selection tasks for each, a minibatch of {minibatch} for each, {SEED_TASKS} to "
+                "read the prompts); raise it, or lower selection="
+            )
+        most = (budget - compared) // (compared + 2 * minibatch)
+        if most < FEW:
+            self._session.notice(
+                f"budget={budget!r} compares at most {most} candidates on {compared} selection tasks; more budget, a "
+                "smaller selection= or fewer tasks would try more"
+            )
 
     async def _read_tasks(self) -> list[int]:
         """Return the tasks whose rollouts showed what the roles' prompts are; a resume counts them alike."""

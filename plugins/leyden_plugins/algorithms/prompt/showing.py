@@ -14,6 +14,7 @@ import msgspec
 from leyden.conversations import chat_messages
 from leyden.errors import DatasetError
 from leyden.interfaces import RolloutRecords
+from leyden.roles import MAIN_ROLE
 from leyden.spans import Kind, Reward, Span, Status
 
 MOST_CHARACTERS = 3_000
@@ -25,8 +26,6 @@ MOST_OF_CONVERSATION = 12_000
 INSTRUCTIONS = "system: [the instructions above]"
 MOST_EVENTS = 10
 """Of one rollout, the last ones: an app tells at its end what was wrong."""
-MAIN = "main"
-"""The role outside any named one."""
 
 Example = dict[str, str]
 """Heading -> text."""
@@ -145,7 +144,7 @@ def feedback_lines(records: RolloutRecords, role: str) -> list[str]:
     if len(events) > MOST_EVENTS:
         lines.append(f"[{len(events) - MOST_EVENTS} earlier events are left out]")
     for span in events[-MOST_EVENTS:]:
-        where = "" if span.role in (role, MAIN) else f" in {span.role!r}"
+        where = "" if span.role in (role, MAIN_ROLE) else f" in {span.role!r}"
         told = ", ".join(f"{name}: {as_text(value)}" for name, value in span.attributes.items())
         lines.append(f"{span.name}{where}: {cut(told)}")
     if rollout.error is not None:
