@@ -48,6 +48,13 @@ def test_an_export_describes_each_trained_policy_and_holds_its_folder(run: Path,
     assert json.loads((out / "prompts.json").read_text()) == {"checker": {"version": 1, "text": "Be strict."}}
 
 
+def test_an_earlier_checkpoint_is_exported_with_its_own_prompts(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "checkpoints/step-000003", run / "checkpoints/step-000002")
+    write_json(run / "checkpoints/step-000002/prompts.json", {"checker": {"version": 0, "text": "Be kind."}})
+    assert read_export(export(run, tmp_path / "out", step=2)).prompts == {"checker": "Be kind."}
+    assert "## checker, version 0" in (tmp_path / "out" / "PROMPTS.md").read_text()
+
+
 def test_what_export_writes_deploy_reads(run: Path, tmp_path: Path) -> None:
     read = read_export(export(run, tmp_path / "out"))
     assert read.policies["sql"].roles == ["writer", "rewriter"]
