@@ -149,6 +149,8 @@ class FakeSGLang(FakeServer):
     """`/generate`. A stream that repeats shows lists that grew since: they are passed by reference."""
 
     is_incremental = False
+    loses: int | None = None
+    """Place of an event that never arrives."""
     info_path = "/server_info"
 
     def routes(self) -> list[web.RouteDef]:
@@ -184,7 +186,8 @@ class FakeSGLang(FakeServer):
             )
         )
         if body["stream"]:
-            return await self.stream(request, (self.answer(steps, place) for place in range(len(steps))))
+            places = [place for place in range(len(steps)) if place != self.loses]
+            return await self.stream(request, (self.answer(steps, place) for place in places))
         return web.json_response(self.answer(steps, len(steps) - 1) | {"top": body["top_logprobs_num"]})
 
     def answer(self, steps: list[tuple[int, torch.Tensor, str | None]], place: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -18,6 +19,7 @@ from leyden.plugins import load_plugins
 from leyden.roles import Policy
 from leyden_plugins.engines.openai_compatible import OpenAICompatibleEngine
 from leyden_plugins.engines.openai_compatible.llama_cpp import certain
+from leyden_plugins.engines.servers.answers import Piece, checked
 from tests.engines.asking import Answered, assert_logprobs, collect, request
 from tests.engines.fake_servers import FakeLlamaCpp, FakeServer, FakeSGLang, FakeVLLM, serving
 from tests.tiny import END, tiny_checkpoint
@@ -81,6 +83,20 @@ async def test_sglang_events_that_hold_only_new_tokens_read_the_same(qwen: Path)
         answer = await ask(engine, request(PROMPT, stream=True, max_tokens=9))
         assert answer.token_ids == server.sampled[0]
         assert_logprobs(server.model, PROMPT, answer, 1.0)
+
+
+async def test_an_event_of_sglang_that_is_lost_is_missed(qwen: Path) -> None:
+    server = FakeSGLang(qwen)
+    server.is_incremental, server.loses = True, 3
+    async with attached(server, qwen, eos_token_ids=()) as engine:
+        with pytest.raises(EngineError, match="sampled 2 more tokens and names 1"):
+            await ask(engine, request(PROMPT, stream=True, max_tokens=9))
+
+
+@pytest.mark.parametrize("logprob", [None, math.nan])
+def test_a_log_probability_that_is_no_number_is_refused(logprob: float | None) -> None:
+    with pytest.raises(EngineError, match="is not a number"):
+        checked(Piece(index=0, token_ids=[1, 2], logprobs=[-1.0, logprob]))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

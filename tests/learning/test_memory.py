@@ -1,5 +1,7 @@
 """The memory plan against what is measured: saved tensors, parameters, optimizer state, the peak of a whole update."""
 
+import gc
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,18 @@ def test_an_update_peaks_near_the_plan(
             learner.forward_backward(policy.name, [Objective(loss=LOSS, samples=row(1024) * 2)])
             learner.optim_step(policy.name, 1e-3)
     assert live.peak + there == pytest.approx(plan.total(recompute=checkpointing), rel=0.15)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_closed_learner_holds_no_weights(tmp_path: Path, checkpointing: bool) -> None:
+    learner = opened(write_model(tmp_path, hidden=32, layers=2), FULL, activation_checkpointing=checkpointing)
+    weights = weakref.ref(learner._trainees[FULL.name].model.lm_head.weight)
+    gc.disable()  # whoever needs the memory next cannot wait for it
+    try:
+        learner.close()
+        assert weights() is None
+    finally:
+        gc.enable()
 
 
 def test_the_logits_of_a_head_that_cannot_be_cut_are_planned_whole(tmp_path: Path) -> None:

@@ -140,14 +140,18 @@ async def _compare_tokens(http: Http, dialect: Dialect, prompts: Prompts) -> boo
 async def _sample(http: Http, dialect: Dialect, prompt: list[int]) -> None:
     ask = Ask(prompt=prompt, sampling=SamplingParameters(), limit=2, seed=1, stream=dialect.streams)
     token_ids: list[int] = []
-    logprobs: list[float] = []
+    logprobs: list[float | None] = []
     try:
         async for piece in dialect.choice(http, ask):
             token_ids += piece.token_ids
             logprobs += piece.logprobs
     except (KeyError, TypeError, IndexError) as error:
         raise ConfigurationError(f"{dialect.kind} answered {dialect.path} in another form: {error!r}") from error
-    if not token_ids or len(token_ids) != len(logprobs) or not all(math.isfinite(value) for value in logprobs):
+    if (
+        not token_ids
+        or len(token_ids) != len(logprobs)
+        or not all(value is not None and math.isfinite(value) for value in logprobs)
+    ):
         raise ConfigurationError(
             f"{dialect.kind} gave the tokens {token_ids!r} with the log-probabilities {logprobs!r}; each needs one"
         )

@@ -10,7 +10,7 @@ import json
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
-from leyden.errors import ConfigurationError
+from leyden.errors import ConfigurationError, EngineError
 from leyden_plugins.engines.openai_compatible.protocol import About, Ask, answers, tokenize_prompt
 from leyden_plugins.engines.servers.answers import Piece
 from leyden_plugins.engines.servers.http import Http, Refused
@@ -80,6 +80,8 @@ class SGLang:
             total, listed = int(meta["completion_tokens"]), meta.get("output_token_logprobs")
             if listed is None:
                 raise ConfigurationError("this SGLang server returned no output_token_logprobs")
+            if len(listed) < total - seen:
+                raise EngineError(f"SGLang says that it sampled {total - seen} more tokens and names {len(listed)}")
             # An event that repeats may hold tokens that came after it was made; those come again with the next.
             fresh = listed[seen:total] if len(listed) >= total else listed[len(listed) - (total - seen) :]
             seen = total

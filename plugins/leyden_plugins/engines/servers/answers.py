@@ -29,7 +29,8 @@ class Piece:
 
     index: int
     token_ids: Sequence[int]
-    logprobs: Sequence[float]
+    logprobs: Sequence[float | None]
+    """`None` where JSON has no word for what the server found: NaN."""
     finish_reason: Reason | None = None
     """Set on a choice's last piece."""
 
@@ -112,7 +113,8 @@ def checked(piece: Piece) -> list[float]:
     Raises:
         EngineError: they are not numbers, or not one a token.
     """
-    if any(math.isnan(logprob) for logprob in piece.logprobs):
+    found = [logprob for logprob in piece.logprobs if logprob is not None and not math.isnan(logprob)]
+    if len(found) != len(piece.logprobs):
         raise EngineError(
             "the server gave a log-probability that is not a number: the published weights hold NaN or overflow"
         )
@@ -121,7 +123,7 @@ def checked(piece: Piece) -> list[float]:
             f"the server gave {len(piece.token_ids)} tokens and {len(piece.logprobs)} log-probabilities; there must be "
             "one a token"
         )
-    return list(piece.logprobs)
+    return found
 
 
 async def deltas_of(

@@ -6,6 +6,7 @@ One trap: models stay in evaluation mode. Dropout would make the ratio differ fr
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -224,6 +225,7 @@ class TorchLearner:
         """Free the models and optimizers."""
         self._trainees.clear()
         self._shared = self._reference = None
+        gc.collect()  # layers that compute their activations anew refer to themselves
         self.release_memory()
 
     def _new_trainee(self, policy: Policy, seed: int) -> Trainee:
