@@ -27,6 +27,7 @@ from leyden.training.runfolder import read_json
 from leyden_plugins.algorithms.prompt import GEPA, SearchRecord
 from leyden_plugins.algorithms.prompt.command import read_searches
 from leyden_plugins.algorithms.rl import GRPO
+from leyden_plugins.gateway.serve import model_folders
 from tests.capture.servers import FakeOpenAI
 from tests.capture.servers import serving as serving_anything
 from tests.prompts.app import trainer
@@ -193,6 +194,8 @@ def test_an_export_of_prompts_needs_no_address_and_takes_none(exported: Path) ->
         leyden.deploy(exported, "http://127.0.0.1:1/v1")
     with pytest.raises(ConfigurationError, match="holds prompts only"):
         leyden.deploy(exported, fallback=True)
+    with pytest.raises(ConfigurationError, match=r"nothing to serve; in the app: leyden\.deploy"):
+        model_folders(exported)
     policy = {"model": "sql", "folder": "policies/sql", "version": 1, "roles": None, "sampling": {}}
     (exported / "leyden.json").write_text(json.dumps({"schema": 1, "policies": {"sql": policy}}))
     with pytest.raises(ConfigurationError, match=r"holds the policies \['sql'\]; say where they are served"):

@@ -132,6 +132,24 @@ def test_at_the_end_stand_intervals_roles_examples_failures_and_what_to_try_next
         assert command in shown
 
 
+def test_a_run_that_runs_no_agent_speaks_of_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0.0)
+    sink, out = plain()
+    sink.run_started(INFO | {"tasks": 0, "group_size": 1})
+    sink.step_finished(1, {"loss/loss": 0.25, "throughput/tokens_per_second": 0.0})
+    sink.run_finished(summary(Path("runs/sql"), 3) | {"rollouts": 0})
+    shown = out.getvalue()
+    assert "run runs/sql: 3 steps; policies sql (writer, rewriter)" in shown
+    assert "step 1/3  loss 0.250\n" in shown
+    assert "leyden rollouts" not in shown and "leyden export" in shown
+
+
+def test_a_search_for_prompts_alone_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    sink, out = plain()
+    sink.run_started(INFO | {"total_steps": 1, "policies": {}})
+    assert "run runs/sql: 1 step; 100 tasks, 20 held out\n" in out.getvalue()
+
+
 def test_a_run_that_was_stopped_says_how_to_go_on_and_one_that_was_resumed_says_what_it_counts() -> None:
     whole = summary(Path("runs/sql"), 3)
     sink, out = plain()

@@ -269,6 +269,11 @@ def model_folders(folder: Path, model_name: str | None = None) -> dict[str, Path
     if (folder / EXPORT_FILE).is_file():
         described = read_export(folder)
         found = {policy.model: folder / policy.folder for policy in described.policies.values()}
+        if not found:
+            raise ConfigurationError(
+                f"{str(folder)!r} holds prompts only, so there is nothing to serve; in the app: "
+                f"leyden.deploy({str(folder)!r})"
+            )
     elif is_model(folder):
         found = {folder.resolve().name: folder}
     else:

@@ -101,8 +101,10 @@ class TerminalSink:
         ):
             if name in metrics:
                 self._status[key] = f"{label} {metrics[name]:.3f}"
+        if "reward/mean" not in metrics and "loss/loss" in metrics:  # nothing was sampled
+            self._status["reward"] = f"loss {metrics['loss/loss']:.3f}"
         self._status |= _warnings(metrics)
-        if "throughput/tokens_per_second" in metrics:
+        if metrics.get("throughput/tokens_per_second"):
             self._status["pace"] = f"{metrics['throughput/tokens_per_second']:,.0f} tokens/s"
         self._status["left"] = self._time_left(step)
         if self._progress is not None:
@@ -174,9 +176,14 @@ def _plan(info: Mapping[str, object]) -> str:
         if isinstance(policies, Mapping)
         else ""
     )
+    steps = info.get("total_steps")
+    counted = "1 step" if steps == 1 else f"{steps} steps"
+    is_grouped = roles and info.get("tasks") != 0  # neither a search for prompts alone nor stored rollouts
     facts = [
-        f"{info.get('total_steps')} steps of {info.get('tasks_per_step', '?')} tasks x {info.get('group_size', '?')}",
-        f"{info.get('tasks', '?')} tasks, {info.get('val_tasks', 0)} held out",
+        f"{counted} of {info.get('tasks_per_step', '?')} tasks x {info.get('group_size', '?')}"
+        if is_grouped
+        else counted,
+        f"{info.get('tasks', '?')} tasks, {info.get('val_tasks', 0)} held out" if info.get("tasks") != 0 else "",
         f"policies {roles}" if roles else "",
     ]
     return "; ".join(fact for fact in facts if fact)
@@ -305,10 +312,11 @@ def _next(summary: Mapping[str, object]) -> list[Text]:
     folder, leyden = shlex.quote(str(run)), program()
     shown = [str(_mapping(one.get("after")).get("rollout") or "") for one in _example_facts(summary)[:1]]
     rows = [(f"{leyden} resume {folder}", f"go on after step {summary['steps']}")] if _is_cut_short(summary) else []
-    rows += [
-        (f"{leyden} rollouts {folder}", "every rollout"),
-        (" ".join([leyden, "show", folder, *map(shlex.quote, filter(None, shown))]), "one of them: who said what"),
-    ]
+    if summary.get("rollouts") != 0:
+        rows += [
+            (f"{leyden} rollouts {folder}", "every rollout"),
+            (" ".join([leyden, "show", folder, *map(shlex.quote, filter(None, shown))]), "one of them: who said what"),
+        ]
     if summary.get("policies") == {}:
         rows.append((f"{leyden} prompts {folder}", "the search, and what has changed"))
     elif summary.get("checkpoint"):
