@@ -4,7 +4,7 @@ VENV := .venv/bin
 BOOT := $(or $(PYTHON),python3)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vllm vllm-environment lint bench bench-learning bench-fine-tuning compatibility clean
+.PHONY: help setup demo test test-vllm vllm-environment lint bench bench-learning bench-fine-tuning bench-prompts compatibility clean
 
 help: ## show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -37,6 +37,9 @@ bench-learning: setup ## measure the learning core: tables and pictures in bench
 
 bench-fine-tuning: setup ## measure SFT and then RL against RL alone: table and picture in benchmarks/results/
 	@$(VENV)/python -m benchmarks.fine_tuning
+
+bench-prompts: setup ## measure searches for prompts beside Agent Lightning's: table and picture in benchmarks/results/
+	@$(VENV)/python -m benchmarks.prompts
 
 compatibility: setup ## run every framework against the gateway and write docs/compatibility.*
 	@$(VENV)/python scripts/compatibility.py

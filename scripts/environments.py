@@ -3,10 +3,11 @@
     python scripts/environments.py langchain       # Leyden with some of its extras alone; prints the interpreter
     python scripts/environments.py --lanes         # every lane of the framework tests
     python scripts/environments.py --vllm          # a vLLM server for the CPU; prints the interpreter
+    python scripts/environments.py --agent-lightning  # Agent Lightning 0.3, for the benchmark of prompts; likewise
 
 An environment of extras shows what `pip install leyden[...]` brings. A lane holds exactly what its lock file pins:
-many frameworks at once, in versions that were resolved together. The vLLM server's holds no Leyden: engines start it
-as a program.
+many frameworks at once, in versions that were resolved together. The vLLM server's and Agent Lightning's hold no
+Leyden: they are started as programs.
 
 They lie in `build/environments/` under a hash of all that decides what they hold, so a second call is free. Leyden
 itself is installed in place: its sources may change without an environment being made anew, and for a lane, which
@@ -41,6 +42,8 @@ LOCKS = "integration_tests/frameworks/environments"
 """Folder of the lock files; the `.in` beside each says what was asked for."""
 
 VLLM_LOCK = "integration_tests/vllm/environment/vllm.txt"
+
+AGENT_LIGHTNING_LOCK = "benchmarks/prompt_tasks/agent_lightning.txt"
 
 DIGEST_LENGTH = 12
 
@@ -85,6 +88,17 @@ def vllm(*, root: Path = ROOT, run: Run | None = None) -> Path:
     return make(vllm_folder(root), "vLLM for the CPU (half a gigabyte to fetch)", installs, run=run)
 
 
+def agent_lightning(*, root: Path = ROOT, run: Run | None = None) -> Path:
+    """Return the interpreter of the environment with Agent Lightning, made where it is missing.
+
+    Raises:
+        SetupError: it cannot be made; the message says why.
+    """
+    folder = agent_lightning_folder(root)
+    install = ["--no-deps", "-r", str(root / AGENT_LIGHTNING_LOCK)]
+    return make(folder, "Agent Lightning (700 MB on disk)", [install], run=run)
+
+
 def environment_folder(extras: Sequence[str], root: Path) -> Path:
     """Return where an environment of extras belongs."""
     contents = [(root / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
@@ -101,6 +115,11 @@ def lane_folder(name: str, root: Path) -> Path:
 def vllm_folder(root: Path) -> Path:
     """Return where the environment with vLLM belongs."""
     return folder_for("vllm", root, [(root / VLLM_LOCK).read_bytes(), torch_pin(root).encode()])
+
+
+def agent_lightning_folder(root: Path) -> Path:
+    """Return where the environment with Agent Lightning belongs."""
+    return folder_for("agent-lightning", root, [(root / AGENT_LIGHTNING_LOCK).read_bytes()])
 
 
 def folder_for(name: str, root: Path, contents: Iterable[bytes]) -> Path:
@@ -142,5 +161,7 @@ if __name__ == "__main__":
             print(lane(each))
     elif sys.argv[1:] == ["--vllm"]:
         print(vllm())
+    elif sys.argv[1:] == ["--agent-lightning"]:
+        print(agent_lightning())
     else:
         print(environment(sys.argv[1:]))
