@@ -77,3 +77,13 @@ def test_what_is_no_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.db").write_text("this is no database, and long enough to look at\n" * 40)
     with pytest.raises(StoreError, match=r"text\.db"):
         read(tmp_path)
+
+
+def test_a_rollout_that_two_stores_hold_counts_once(tmp_path: Path) -> None:
+    async def write() -> None:
+        for name in ("1.db", "2.db"):
+            async with await SQLiteStore.open(tmp_path / name) as store:
+                await fill(store, "a", "a", Mode.RECORDED)
+
+    asyncio.run(write())
+    assert [len(group.rollouts) for group in read(tmp_path)] == [1]

@@ -29,7 +29,8 @@ from leyden.context import RolloutContext, current, rollout_scope
 from leyden.errors import ConfigurationError, RewardError
 from leyden.instrumentation import instrument, is_instrumented, uninstrument
 from leyden.interfaces import Outcome
-from leyden.recording.writing import Finished, Writer
+from leyden.recording.finished import Finished, Redact
+from leyden.recording.writing import Writer
 from leyden.rewards import DEFAULT_REWARD, checked
 from leyden.running.attempts import jsonable
 from leyden.spans import Mode, Record, Reward, Rollout, RolloutState, new_id
@@ -195,6 +196,8 @@ class RecordedRollout:
             self._failed(failure)
 
     def _take(self, record: Record) -> None:
+        if self._process != os.getpid():  # in a forked child, where somebody who is not there may hold the lock
+            return
         with self._lock:
             if self._is_over or self._is_too_long:
                 return
@@ -204,11 +207,11 @@ class RecordedRollout:
                 self._records.clear()
 
     def _end(self, error: BaseException | None) -> None:
-        with self._lock:
-            self._is_over = True
         if self._process != os.getpid():
             self._writer.drop(FORKED)
             return
+        with self._lock:
+            self._is_over = True
         if self._is_too_long:
             self._writer.drop(TOO_LONG)
             return
@@ -242,7 +245,12 @@ class RecordedRollout:
 
 
 def record(
-    folder: str | Path, *, queue: int = 10_000, sample: float = 1.0, most_records_a_rollout: int = 2_000
+    folder: str | Path,
+    *,
+    queue: int = 10_000,
+    sample: float = 1.0,
+    redact: Redact | None = None,
+    most_records_a_rollout: int = 2_000,
 ) -> Recording:
     """Record an app's rollouts into a folder, to learn from them later; call it once, when the app starts.
 
@@ -255,6 +263,8 @@ def record(
         folder: made when the first rollout is stored.
         queue: records (spans and rewards) of finished rollouts that may wait for the store.
         sample: share of the rollouts that are recorded.
+        redact: returns a text as it may be stored; called by the storing thread with every text of tasks, messages,
+            outputs and errors. A rollout for which it raises is dropped.
         most_records_a_rollout: longer rollouts are dropped.
 
     Raises:
@@ -265,7 +275,7 @@ def record(
             raise ConfigurationError(f"{name}={value!r} must be at least 1")
     if not (math.isfinite(sample) and 0 <= sample <= 1):
         raise ConfigurationError(f"sample={sample!r} must be a share between 0 and 1")
-    writer = Writer(Path(folder), most_records=queue)
+    writer = Writer(Path(folder), most_records=queue, redact=redact)
     return Recording(writer, sample=sample, most_records_a_rollout=most_records_a_rollout)
 
 

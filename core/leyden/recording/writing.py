@@ -16,15 +16,14 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from leyden.errors import StoreError
-from leyden.interfaces import Outcome
 from leyden.ownership import current_owner
-from leyden.spans import Record, Rollout, now_ns
+from leyden.recording.finished import Finished, NotRedactedError, Redact, redacted
+from leyden.spans import now_ns
 from leyden.sqlite import SQLiteStore
 
 log = logging.getLogger(__name__)
@@ -42,29 +41,17 @@ DROPPED = "recording/dropped/"
 FULL = "the queue was full"
 UNWRITABLE = "the store could not be written before the recording was closed"
 BAD = "it held what cannot be stored"
+NOT_REDACTED = "redact raised an exception"
 CLOSED = "it ended after the recording was closed"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """A rollout that is over."""
-
-    rollout: Rollout
-    records: Sequence[Record]
-    outcome: Outcome
-
-    @property
-    def size(self) -> int:
-        """Return how many records it is."""
-        return 1 + len(self.records)
 
 
 class Writer:
     """Takes finished rollouts, at most so many records at a time, and stores them. Thread-safe; never raises."""
 
-    def __init__(self, folder: Path, *, most_records: int) -> None:
+    def __init__(self, folder: Path, *, most_records: int, redact: Redact | None = None) -> None:
         self.folder = folder
         self._most_records = most_records
+        self._redact = redact
         self._begin()
         _writers.add(self)
 
@@ -178,19 +165,21 @@ class Writer:
                     for one in batch:
                         await self._write_alone(store, one)
                 else:
-                    self._lost(batch, BAD)
+                    self._lost(batch, reason_of(error))
         await closed(store)
 
     async def _write_alone(self, store: SQLiteStore | None, one: Finished) -> None:
         assert store is not None
         try:
             await self._write(store, [one])
-        except Exception:
-            self._lost([one], BAD)
+        except Exception as error:
+            self._lost([one], reason_of(error))
         else:
             self._done([one])
 
     async def _write(self, store: SQLiteStore, batch: Sequence[Finished]) -> None:
+        if self._redact is not None:
+            batch = [redacted(one, self._redact) for one in batch]
         await store.add_rollouts([one.rollout for one in batch])
         names = [one.rollout.rollout_id for one in batch]
         await store.start(names, owner=current_owner(), lease_seconds=3600, versions={})
@@ -228,6 +217,11 @@ class Writer:
         """Wait; say whether it is worth another try."""
         with self._changed:
             return not self._changed.wait_for(lambda: self._gives_up, seconds)
+
+
+def reason_of(error: Exception) -> str:
+    """Return what to count a rollout under that cannot be stored."""
+    return NOT_REDACTED if isinstance(error, NotRedactedError) else BAD
 
 
 async def open_store(folder: Path) -> SQLiteStore:

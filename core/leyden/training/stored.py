@@ -30,14 +30,16 @@ async def groups_of(source: str | Path, *, reward_weights: Mapping[str, float]) 
         DatasetError: the file of later rewards cannot be read.
         StoreError: a file is none of Leyden's, or of a newer version.
     """
-    found: list[RolloutRecords] = []
+    found: dict[str, RolloutRecords] = {}
     for path in store_files(source):
         async with await SQLiteStore.open(path, read_only=True) as store:
             rollouts = await store.rollouts()
             wanted = [one.rollout_id for one in rollouts if one.mode in LEARNT_FROM and one.state in FINISHED]
-            found += await store.records(wanted)
+            # A recording that had to open another store in the middle of a batch has written that batch twice.
+            new = [name for name in wanted if name not in found]
+            found |= {one.rollout.rollout_id: one for one in await store.records(new)}
     by_group: dict[str, list[RolloutRecords]] = {}
-    for one in feedback.joined(found, feedback.read(source), reward_weights=reward_weights):
+    for one in feedback.joined(found.values(), feedback.read(source), reward_weights=reward_weights):
         by_group.setdefault(one.rollout.group_id, []).append(one)
     return [Group(group_id=name, task=group[0].rollout.task, rollouts=group) for name, group in by_group.items()]
 
