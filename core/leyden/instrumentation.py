@@ -68,6 +68,8 @@ class Instrumentation:
     def __init__(self) -> None:
         self.attachments: dict[str, Attachment] = {}
         self.threads = Patches()
+        self.users: set[object] = set()
+        """Who needs it until they say otherwise: recordings, which outlive a deployment."""
 
 
 _installed = Instrumentation()
@@ -103,6 +105,22 @@ def uninstrument() -> None:
         attachment.stop()
     _installed.threads.restore()
     wire.uninstall()
+
+
+def use(user: object) -> None:
+    """Keep `instrument` in force for as long as `user` needs it."""
+    _installed.users.add(user)
+    instrument()
+
+
+def end_use(user: object) -> None:
+    """Say that `user` needs it no longer."""
+    _installed.users.discard(user)
+
+
+def is_used() -> bool:
+    """Say whether somebody needs `instrument` to stay in force."""
+    return bool(_installed.users)
 
 
 def is_instrumented() -> bool:

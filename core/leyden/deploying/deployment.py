@@ -12,8 +12,7 @@ from types import TracebackType
 from leyden import wire
 from leyden.deploying.exported import Export, read_export
 from leyden.errors import ConfigurationError
-from leyden.instrumentation import instrument, is_instrumented, uninstrument
-from leyden.recording import is_recording
+from leyden.instrumentation import instrument, is_instrumented, is_used, uninstrument
 from leyden.roles import Route, Routing
 
 
@@ -35,7 +34,7 @@ class Deployment:
             return
         self.is_closed = True
         wire.set_default_routing(None)
-        if not self.was_instrumented and not is_recording():
+        if not self.was_instrumented and not is_used():
             uninstrument()
             if self.had_wire:
                 wire.install()

@@ -27,7 +27,7 @@ import msgspec
 from leyden import wire
 from leyden.context import RolloutContext, current, rollout_scope
 from leyden.errors import ConfigurationError, RewardError
-from leyden.instrumentation import instrument, is_instrumented, uninstrument
+from leyden.instrumentation import end_use, is_instrumented, is_used, uninstrument, use
 from leyden.interfaces import Outcome
 from leyden.recording.finished import Finished, Redact
 from leyden.recording.writing import Writer
@@ -53,8 +53,7 @@ class Recording:
         self._most_records = most_records_a_rollout
         self._is_closed = False
         self._was_instrumented = is_instrumented()
-        instrument()
-        _recordings.add(self)
+        use(self)
         atexit.register(self.close)
 
     @property
@@ -116,8 +115,8 @@ class Recording:
         if not self._is_closed:
             self._is_closed = True
             atexit.unregister(self.close)
-            _recordings.discard(self)
-            if not self._was_instrumented and not _recordings and wire.default_routing() is None:
+            end_use(self)
+            if not self._was_instrumented and not is_used() and wire.default_routing() is None:
                 uninstrument()
         return self._writer.close(timeout)
 
@@ -279,11 +278,6 @@ def record(
     return Recording(writer, sample=sample, most_records_a_rollout=most_records_a_rollout)
 
 
-def is_recording() -> bool:
-    """Say whether anything in this process is being recorded."""
-    return bool(_recordings)
-
-
 def task_of(function: Callable[..., object], given: tuple[object, ...], named: Mapping[str, object]) -> object:
     """Return what a function is asked: its only argument, or its arguments by name."""
     try:
@@ -302,6 +296,3 @@ def latest_rewards(records: list[Record]) -> list[Record]:
 def reward_key(reward: Reward) -> tuple[object, ...]:
     """Return what tells rewards of a rollout apart."""
     return reward.name, reward.target_role, reward.target_span, reward.index
-
-
-_recordings: set[Recording] = set()
