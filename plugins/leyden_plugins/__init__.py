@@ -133,3 +133,8 @@ def leyden_register(registry: Registry) -> None:
         lazy("leyden_plugins.algorithms.prompt.command:prompts_command"),
         summary="show a prompt search: its candidates, and the winner's changes",
     )
+    registry.command(
+        "traces",
+        lazy("leyden_plugins.traces.otel.command:traces_command"),
+        summary="traces of other tools in (OTLP), a run's traces out",
+    )
