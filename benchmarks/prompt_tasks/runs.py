@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -25,6 +26,9 @@ from leyden.sqlite import SQLiteStore
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_SECONDS = 900.0
 """A search that takes longer has failed."""
+STORE_PORTS = itertools.count(4747)
+"""Agent Lightning's store has one port for all runs where none is told. None that the system chose as free: those are
+taken by connections before its imports are done."""
 
 Options = Mapping[str, object]
 Report = dict[str, Any]
@@ -59,10 +63,10 @@ def serving(seed: int) -> Iterator[Server]:
 def program(python: str, module: str, options: Options, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run an arm; what is left of it and of its own processes is killed at the end."""
     command = [python, "-m", f"benchmarks.prompt_tasks.{module}", json.dumps(options)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with log.open("ab") as written:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with log.open("ab") as written:  # in the log's folder, for Agent Lightning leaves a file where it is started
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=written, stderr=written, start_new_session=True
+            command, cwd=log.parent, env=environment, stdout=written, stderr=written, start_new_session=True
         )
     try:
         yield process
