@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import os
 import signal
@@ -26,9 +25,6 @@ from leyden.sqlite import SQLiteStore
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST_SECONDS = 900.0
 """A search that takes longer has failed."""
-STORE_PORTS = itertools.count(4747)
-"""Agent Lightning's store has one port for all runs where none is told. None that the system chose as free: those are
-taken by connections before its imports are done."""
 
 Options = Mapping[str, object]
 Report = dict[str, Any]
