@@ -4,10 +4,11 @@
     python scripts/environments.py --lanes         # every lane of the framework tests
     python scripts/environments.py --vllm          # a vLLM server for the CPU; prints the interpreter
     python scripts/environments.py --agent-lightning  # Agent Lightning 0.3, for the benchmark of prompts; likewise
+    python scripts/environments.py --traces phoenix autogen  # for tests of traces: a Phoenix server, a traced app
 
 An environment of extras shows what `pip install leyden[...]` brings. A lane holds exactly what its lock file pins:
-many frameworks at once, in versions that were resolved together. The vLLM server's and Agent Lightning's hold no
-Leyden: they are started as programs.
+many frameworks at once, in versions that were resolved together. The vLLM server's, Agent Lightning's and those
+of traces hold no Leyden: they are started as programs.
 
 They lie in `build/environments/` under a hash of all that decides what they hold, so a second call is free. Leyden
 itself is installed in place: its sources may change without an environment being made anew, and for a lane, which
@@ -44,6 +45,9 @@ LOCKS = "integration_tests/frameworks/environments"
 VLLM_LOCK = "integration_tests/vllm/environment/vllm.txt"
 
 AGENT_LIGHTNING_LOCK = "benchmarks/prompt_tasks/agent_lightning.txt"
+
+TRACES_LOCKS = "integration_tests/traces"
+"""Folder of the lock files of programs that tests of traces run."""
 
 DIGEST_LENGTH = 12
 
@@ -99,6 +103,16 @@ def agent_lightning(*, root: Path = ROOT, run: Run | None = None) -> Path:
     return make(folder, "Agent Lightning (700 MB on disk)", [install], run=run)
 
 
+def traces(name: str, *, root: Path = ROOT, run: Run | None = None) -> Path:
+    """Return the interpreter of a program that tests of traces run, made where it is missing.
+
+    Raises:
+        SetupError: it cannot be made; the message says why.
+    """
+    lock = root / TRACES_LOCKS / f"{name}.txt"
+    return make(traces_folder(name, root), f"the packages of {lock.name}", [["--no-deps", "-r", str(lock)]], run=run)
+
+
 def environment_folder(extras: Sequence[str], root: Path) -> Path:
     """Return where an environment of extras belongs."""
     contents = [(root / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
@@ -120,6 +134,11 @@ def vllm_folder(root: Path) -> Path:
 def agent_lightning_folder(root: Path) -> Path:
     """Return where the environment with Agent Lightning belongs."""
     return folder_for("agent-lightning", root, [(root / AGENT_LIGHTNING_LOCK).read_bytes()])
+
+
+def traces_folder(name: str, root: Path = ROOT) -> Path:
+    """Return where the environment of a program that tests of traces run belongs."""
+    return folder_for(f"traces-{name}", root, [(root / TRACES_LOCKS / f"{name}.txt").read_bytes()])
 
 
 def folder_for(name: str, root: Path, contents: Iterable[bytes]) -> Path:
@@ -163,5 +182,8 @@ if __name__ == "__main__":
         print(vllm())
     elif sys.argv[1:] == ["--agent-lightning"]:
         print(agent_lightning())
+    elif sys.argv[1:2] == ["--traces"]:
+        for each in sys.argv[2:]:
+            print(traces(each))
     else:
         print(environment(sys.argv[1:]))

@@ -1,9 +1,13 @@
 """From a trace to a rollout: roles, tasks, ends, and traces that are not as they should be."""
 
 import random
+from collections.abc import Callable
 
+import pytest
+
+from leyden.errors import DatasetError
 from leyden.interfaces import RolloutRecords
-from leyden.spans import Kind, Mode, RolloutState, Status
+from leyden.spans import Kind, Mode, RolloutState, Span, Status
 from leyden_plugins.traces.otel import Rules, assemble
 from leyden_plugins.traces.otel.spans import RawEvent, RawSpan
 from tests.traces.builders import TRACE, a_call, a_raw, an_evaluation, number
@@ -45,6 +49,12 @@ def test_a_function_of_the_user_has_the_last_word_about_roles() -> None:
     rules = Rules(role=lambda span: "judge" if span.kind is Kind.MODEL_CALL else None)
     found = records(a_raw(1, attributes={**AGENT, "gen_ai.agent.name": "writer"}), a_call(2, 1), rules=rules)
     assert roles(found) == {number(1): "writer", number(2): "judge"}
+
+
+@pytest.mark.parametrize("role", [lambda span: span.no_such, lambda span: 3])
+def test_a_function_of_the_user_that_fails_is_named(role: Callable[[Span], str | None]) -> None:
+    with pytest.raises(DatasetError, match="the function of --role-from"):
+        records(a_call(1), rules=Rules(role=role))
 
 
 def test_traces_of_one_task_are_a_group() -> None:

@@ -17,6 +17,7 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+import leyden
 from leyden.errors import ConfigurationError, DatasetError, EngineError
 from leyden.interfaces import Group, RolloutRecords
 from leyden.spans import Mode
@@ -181,6 +182,17 @@ def test_a_run_is_exported_with_headers_and_comes_back_equal(tmp_path: Path, sin
     assert {one.trace_id for one in read_request(sink.requests[0]).spans} == {
         groups(run)[0].rollouts[0].rollout.rollout_id
     }
+
+
+def test_rewards_that_came_afterwards_are_exported(tmp_path: Path, sink: Sink) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "traces").write_text(encode_json(a_request(a_raw(1), a_call(2, 1))))
+    traces_command(["import", str(tmp_path / "traces"), str(run)])
+    leyden.reward(TRACE, 0.75, store=run)
+    traces_command(["export", str(run), "--to", sink.url])
+    (root,) = [one for one in read_request(sink.requests[0]).spans if one.parent_id is None]
+    assert root.attributes["leyden.reward"] == 0.75
+    assert root.events[0].attributes["gen_ai.evaluation.score.value"] == 0.75
 
 
 def test_the_command_receives_until_it_is_interrupted(tmp_path: Path) -> None:

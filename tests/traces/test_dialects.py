@@ -3,6 +3,7 @@
 The apps: two calls of the openai client with a tool; an AutoGen team of a forecaster with a tool and a critic.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -96,13 +97,16 @@ def test_exact_tokens_come_from_a_raw_answer_that_has_them() -> None:
     assert all(one.off_distribution and one.policy == "" for one in completions), "RL must not take them"
 
 
-@pytest.mark.parametrize("damage", ["prompt", "answer", "text"])
+@pytest.mark.parametrize("damage", ["prompt", "answer", "second", "text"])
 def test_a_raw_answer_without_all_its_tokens_makes_no_completion(damage: str) -> None:
     answer: dict[str, object] = {"prompt_token_ids": [1], "choices": [{"index": 0, "token_ids": [2]}]}
-    answer |= {"prompt": {"prompt_token_ids": []}, "answer": {"choices": [{}]}, "text": {"prompt_token_ids": ["1"]}}[
-        damage
-    ]
-    raw = a_raw(1, attributes={"openinference.span.kind": "LLM", "output.value": str(answer).replace("'", '"')})
+    damaged: dict[str, dict[str, object]] = {
+        "prompt": {"prompt_token_ids": []},
+        "answer": {"choices": [{}]},
+        "second": {"choices": [{"token_ids": [2]}, {"token_ids": []}]},
+        "text": {"prompt_token_ids": ["1"]},
+    }
+    raw = a_raw(1, attributes={"openinference.span.kind": "LLM", "output.value": json.dumps(answer | damaged[damage])})
     assert assemble([raw], Rules()).records.completions == []
 
 

@@ -11,7 +11,9 @@ import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
+from leyden.errors import StoreError
 from leyden.interfaces import RolloutRecords
+from leyden.spans import Record
 from leyden.sqlite import SQLiteStore
 from leyden_plugins.traces.otel import Receiver, Rules
 from leyden_plugins.traces.otel.collecting import Collector
@@ -105,19 +107,67 @@ def test_spans_that_come_when_their_trace_is_stored_are_added_under_their_role(t
     assert receiver.noticed["traces"] == 1
 
 
-def test_what_was_answered_survives_a_kill(tmp_path: Path) -> None:
-    async def killed() -> None:
-        async with receiving(tmp_path) as (receiver, client):
-            assert (await post(client, a_call(1))).status_code == 200
+def killed_after(out: Path, *spans: RawSpan) -> None:
+    """Answer a request, and end with nothing stored of it."""
+
+    async def story() -> None:
+        async with receiving(out) as (receiver, client):
+            assert (await post(client, *spans)).status_code == 200
             receiver._collector.all()  # what is in memory is gone
 
-    asyncio.run(killed())
+    asyncio.run(story())
+
+
+def test_what_was_answered_survives_kills_and_a_line_that_was_cut(tmp_path: Path) -> None:
+    killed_after(tmp_path, a_call(1))
     assert asyncio.run(stored(tmp_path)) == []
     with (tmp_path / "received.jsonl").open("a") as journal:
-        journal.write('{"resourceSpans": [{"sco')  # and the next one was cut
-    found = received(tmp_path, [a_call(1, trace=OTHER)])
-    assert sorted(one.rollout.rollout_id for one in found) == [TRACE, OTHER]
-    assert len(received(tmp_path)) == 2, "and the line that was written behind the cut one can be read"
+        journal.write('{"resourceSpans": [{"sco')
+    killed_after(tmp_path, a_call(1, trace=OTHER))
+    assert sorted(one.rollout.rollout_id for one in received(tmp_path)) == [TRACE, OTHER]
+
+
+def test_a_journal_that_was_deleted_is_begun_anew(tmp_path: Path) -> None:
+    received(tmp_path, [a_call(1)])
+    (tmp_path / "received.jsonl").unlink()
+    killed_after(tmp_path, a_call(1, trace=OTHER))
+    assert len(received(tmp_path)) == 2
+
+
+def test_a_store_that_cannot_be_written_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        async with receiving(tmp_path) as (receiver, client):
+            await post(client, a_call(1))
+            with monkeypatch.context() as patch:
+                patch.setattr(SQLiteStore, "add_records", refuse)
+                await receiver.flush()
+            assert receiver.noticed["traces"] == 0
+
+    async def refuse(store: SQLiteStore, records: object) -> None:
+        raise StoreError("the disk is full")
+
+    asyncio.run(story())
+    (records,) = asyncio.run(stored(tmp_path))
+    assert records.rollout.rollout_id == TRACE
+
+
+def test_an_end_while_traces_are_being_stored_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = asyncio.Event()
+    original = SQLiteStore.add_records
+
+    async def slow(store: SQLiteStore, records: Sequence[Record]) -> None:
+        entered.set()
+        await asyncio.sleep(0.05)
+        await original(store, records)
+
+    async def story() -> None:
+        monkeypatch.setattr(SQLiteStore, "add_records", slow)
+        async with receiving(tmp_path, quiet_seconds=0.0) as (_, client):
+            await post(client, a_call(1))
+            await asyncio.wait_for(entered.wait(), 10)
+
+    asyncio.run(story())
+    assert len(asyncio.run(stored(tmp_path))) == 1
 
 
 def test_a_receiver_that_starts_again_reads_only_what_is_not_stored(tmp_path: Path) -> None:
@@ -209,6 +259,13 @@ def test_too_many_spans_make_the_quietest_trace_due() -> None:
     one.add([a_call(2, 1, trace=OTHER)], offset=5, now=1.0)
     assert [each.trace_id for each in one.due(1.0)] == [TRACE]
     assert one.first_offset(99) == 5
+
+
+def test_a_trace_that_is_due_is_taken_once_however_many_spans_there_are() -> None:
+    one = collector(most_spans=1)
+    one.add([a_raw(1)], offset=0, now=0.0)
+    one.add([a_call(2, 1, trace=OTHER), a_call(3, 1, trace=OTHER)], offset=5, now=6.0)
+    assert [each.trace_id for each in one.due(6.0)] == [TRACE, OTHER]
 
 
 def test_traces_that_could_not_be_stored_are_kept_with_what_came_meanwhile() -> None:

@@ -52,7 +52,7 @@ def whole_rollouts(draw: st.DrawFn) -> RolloutRecords:
             status=draw(st.sampled_from(list(Status))),
             error=draw(st.none() | TEXT),
             attributes=draw(
-                st.dictionaries(NAMES | st.sampled_from(["leyden.export.span", "input.value"]), VALUES, max_size=3)
+                st.dictionaries(NAMES | st.sampled_from(["leyden.export.rewards", "input.value"]), VALUES, max_size=3)
             ),
             sequence=number,
         )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from leyden.errors import DatasetError
 from leyden.interfaces import RolloutRecords
 from leyden.roles import MAIN_ROLE
 from leyden.spans import Kind, Mode, Reward, Rollout, RolloutState, Span, Status
@@ -57,7 +58,7 @@ def assemble(spans: Sequence[RawSpan], rules: Rules, *, known_roles: Mapping[str
         known_roles: span id -> role of spans of this trace that are stored already.
 
     Raises:
-        DatasetError: the trace is an export of Leyden's, and damaged.
+        DatasetError: the trace is an export of Leyden's, and damaged; or the user's function fails.
     """
     if is_ours(spans):
         return Assembled(records=read_ours(spans))
@@ -199,8 +200,19 @@ class _Assembly:
             error=_error(raw) if raw.is_error else None,
             attributes=attributes,
         )
-        role = self.rules.role(span) if self.rules.role is not None else None
+        role = self._users_role(span)
         return msgspec.structs.replace(span, role=role) if role else span
+
+    def _users_role(self, span: Span) -> str | None:
+        if self.rules.role is None:
+            return None
+        try:
+            role = self.rules.role(span)
+        except Exception as error:
+            raise DatasetError(f"the function of --role-from raised {type(error).__name__}: {error}") from error
+        if role is not None and not isinstance(role, str):
+            raise DatasetError(f"the function of --role-from returned {role!r:.80}; return a role or None")
+        return role
 
     def _kind(self, raw: RawSpan) -> Kind:
         if raw.span_id in self.wrappers:

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
+from leyden import feedback
 from leyden.errors import ConfigurationError
 from leyden.extras import extra
 from leyden.interfaces import RolloutRecords
+from leyden.rewards import DEFAULT_REWARD
 from leyden.show import printable
 from leyden.spans import Mode, Span
 from leyden.sqlite import SQLiteStore
@@ -160,11 +162,13 @@ def _headers(given: Sequence[str]) -> Mapping[str, str]:
 
 
 def _stored(run: str, mode: str | None) -> Iterator[RolloutRecords]:
-    """Yield a run's rollouts, some at a time; those that have begun."""
+    """Yield a run's rollouts that have begun, some at a time, with the rewards that came afterwards."""
+    later = feedback.read(run)
     for path in store_files(run):
         names = asyncio.run(_names(path, mode))
         for start in range(0, len(names), ROLLOUTS_A_READ):
-            yield from asyncio.run(_records(path, names[start : start + ROLLOUTS_A_READ]))
+            records = asyncio.run(_records(path, names[start : start + ROLLOUTS_A_READ]))
+            yield from feedback.joined(records, later, reward_weights={DEFAULT_REWARD: 1.0})
 
 
 async def _names(path: Path, mode: str | None) -> list[str]:

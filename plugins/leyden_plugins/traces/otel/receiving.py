@@ -102,13 +102,13 @@ class Receiver:
             self._stored = await stored_ids(self._store)
             self._journal = (self.out / JOURNAL).open("ab+")
             await self._replay()
-            ticking = asyncio.create_task(self._tick())
+            ending = asyncio.Event()
+            ticking = asyncio.create_task(self._tick(ending))
             try:
                 yield
             finally:
-                ticking.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await ticking
+                ending.set()  # never cancelled: traces that are being stored are nowhere else in memory
+                await ticking
                 await self.flush()
         finally:
             if self._journal is not None:
@@ -120,8 +120,10 @@ class Receiver:
         assert self._journal is not None and self._store is not None
         begin = int(await self._store.get_meta(STORED_TO) or 0)
         end = self._journal.seek(0, 2)
-        self._journal.seek(begin if begin <= end else 0)
-        offset = self._journal.tell()
+        if begin > end:  # the journal was deleted
+            begin = 0
+            await self._store.put_meta(STORED_TO, "0")
+        offset = self._journal.seek(begin)
         for line in self._journal:
             try:
                 self._collector.add(read_request(decode_json(line)).spans, offset=offset, now=time.monotonic())
@@ -131,9 +133,10 @@ class Receiver:
         if offset and not line_is_whole(self._journal, end):
             self._journal.write(b"\n")
 
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_SECONDS)
+    async def _tick(self, ending: asyncio.Event) -> None:
+        while not ending.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ending.wait(), TICK_SECONDS)
             await self._settle(is_last=False)
 
     async def flush(self) -> None:
@@ -148,11 +151,10 @@ class Receiver:
         try:
             spans = [list(one.spans.values()) for one in traces]
             self.noticed += await store_traces(self._store, spans, self._rules, stored=self._stored)
+            await self._store.put_meta(STORED_TO, str(self._collector.first_offset(self._journal.seek(0, 2))))
         except StoreError as error:
             log.error("traces could not be stored and will be tried again: %s", error)
             self._collector.put_back(traces)
-            return
-        await self._store.put_meta(STORED_TO, str(self._collector.first_offset(self._journal.tell())))
 
     # ---- requests
 
