@@ -8,12 +8,11 @@ instead, as models do.
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 
+from examples import chat_server
+from examples.chat_server import Messages
 from examples.prompts.letters import APOLOGY, QUEUES, Task
 
 EDITOR = "editor"
@@ -72,54 +71,15 @@ def missing(prompt: str, task: Task, answer: str) -> list[str]:
     return [rule for rule, sign in rules.items() if sign not in answer]
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Answers OpenAI's chat requests."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:
-        """Answer one."""
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        messages: list[dict[str, Any]] = body["messages"]
-        if body["model"] == EDITOR:
-            text = editor(messages[-1]["content"])
-        else:
-            text = desk(messages[0]["content"], messages[-1]["content"])
-        words = sum(len(one["content"].split()) for one in messages)
-        answer = {
-            "id": "chat",
-            "object": "chat.completion",
-            "created": 0,
-            "model": body["model"],
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-            "usage": {"prompt_tokens": words, "completion_tokens": len(text.split()), "total_tokens": 0},
-        }
-        content = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing."""
-
-
-class Server(ThreadingHTTPServer):
-    """Takes many connections at once: a search asks from many rollouts."""
-
-    request_queue_size = 256
-    daemon_threads = True
+def answer(model: str, messages: Messages) -> str:
+    """Answer as either model."""
+    if model == EDITOR:
+        return editor(messages[-1]["content"])
+    return desk(messages[0]["content"], messages[-1]["content"])
 
 
 @contextmanager
 def serving() -> Iterator[str]:
     """Serve both models on a free port of this machine for the length of the block; yield the address."""
-    server = Server(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with chat_server.serving(answer) as address:
+        yield address

@@ -17,6 +17,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 import leyden
+from examples.chat_server import serving
 from examples.recipes import closed_model
 from examples.recipes.shop import HELD_OUT, TASKS, solve
 from examples.two_policies.train import MODEL, SAMPLED
@@ -52,7 +53,7 @@ def train(
     )
     is_recipe = isinstance(algorithm, leyden.Chain)
     with (
-        closed_model.serving() as url,
+        serving(closed_model.answer) as url,
         leyden.Trainer(
             solve,
             tasks=TASKS,
