@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -132,7 +133,7 @@ class Bridge:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._is_ended = False
+        self._ended = threading.Event()
         self._under_way: concurrent.futures.Future[Any] | None = None
 
     def call(self, work: Coroutine[object, object, Result]) -> Result:
@@ -141,10 +142,12 @@ class Bridge:
         Raises:
             Ended: whatever the work raised.
         """
-        if self._is_ended:
+        if self._ended.is_set():
             work.close()
             raise Ended(SearchOver("the run was cancelled"))
         future = self._under_way = asyncio.run_coroutine_threadsafe(work, self._loop)
+        if self._ended.is_set():  # `end` came before it knew of this
+            future.cancel()
         try:
             found: Result = future.result()
             return found
@@ -153,7 +156,7 @@ class Bridge:
 
     def end(self) -> None:
         """Cancel what is under way and take no more work."""
-        self._is_ended = True
+        self._ended.set()
         if self._under_way is not None:
             self._under_way.cancel()
 
