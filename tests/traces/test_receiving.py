@@ -210,6 +210,18 @@ def test_spans_without_valid_ids_are_refused_alone_and_the_sender_is_told(tmp_pa
         (b"x" * 2000, PROTOBUF, 413),
         (gzip.compress(b"x" * 2000), {**PROTOBUF, "content-encoding": "gzip"}, 413),
     ],
+    ids=[
+        "no protobuf",
+        "cut JSON",
+        "no object",
+        "no trace id",
+        "no gzip",
+        "cut gzip",
+        "another encoding",
+        "another type",
+        "large",
+        "large unpacked",
+    ],  # gzip holds the time
 )
 def test_what_is_no_request_is_refused_with_a_reason(
     tmp_path: Path, content: bytes, headers: dict[str, str], status: int
