@@ -1,4 +1,4 @@
-"""Event loops on threads of their own: one for the trainer, one for the agents that run in this process.
+"""Event loops on threads of their own, one for the trainer, one for agents in this process; and work side by side.
 
 The trainer's lets `fit`, `evaluate` and `dev` work the same in scripts, in notebooks and inside a running loop. The
 agents' keeps an async agent that blocks from stopping the gateway it waits for.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Generic, ParamSpec, TypeVar
 
@@ -17,6 +17,18 @@ P = ParamSpec("P")
 
 CANCEL_SECONDS = 15.0
 """How long cancelled work may take to stop its processes and close its files."""
+
+
+async def together(work: Sequence[Coroutine[object, object, Result]]) -> list[Result]:
+    """Wait for all; when one raises, end the others first: nothing runs on while its parts are closed."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
 
 
 class DaemonThreads(ThreadPoolExecutor):

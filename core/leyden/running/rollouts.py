@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
 from leyden.errors import ConfigurationError, RolloutError, StoreError
 from leyden.interfaces import Access, AttemptResult, Executor, Gateway, Outcome, RolloutSpec, Store
+from leyden.looping import together
 from leyden.ownership import current_owner
 from leyden.rewards import total
 from leyden.roles import Policy, Route, Routing, routes_for
@@ -159,7 +160,7 @@ class RolloutRunner:
             self._starting.add(starting)
             starting.add_done_callback(self._starting.discard)
             started = await asyncio.shield(starting)
-            again = await _all(
+            again = await together(
                 [self._attempt(by_id[rollout_id], attempt, scene, finished) for rollout_id, attempt in started.items()]
             )
             waiting = [rollout_id for rollout_id in again if rollout_id is not None]
@@ -315,18 +316,6 @@ class RolloutRunner:
             await asyncio.sleep(LEASE_SECONDS / 3)
             if self._leased:
                 await self._store.renew(sorted(self._leased), owner=self._owner, lease_seconds=LEASE_SECONDS)
-
-
-async def _all(attempts: Sequence[Coroutine[object, object, str | None]]) -> Sequence[str | None]:
-    """Wait for all; when one raises, end the others first: nothing runs on while the parts are closed."""
-    tasks = [asyncio.ensure_future(attempt) for attempt in attempts]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise
 
 
 def refuse_rewardless(rollouts: Sequence[Rollout], agent: str) -> None:

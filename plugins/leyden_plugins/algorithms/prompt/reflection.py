@@ -20,8 +20,9 @@ import msgspec
 
 from leyden.errors import ConfigurationError, LeydenError
 from leyden.interfaces import Session
+from leyden.looping import together
 from leyden.wire.state import below_the_wire
-from leyden_plugins.algorithms.prompt.over import SearchOver, together
+from leyden_plugins.algorithms.prompt.over import SearchOver
 from leyden_plugins.chat.endpoint import Answer, ChatEndpoint, key_from
 
 Message = Mapping[str, str]

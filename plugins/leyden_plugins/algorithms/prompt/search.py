@@ -19,8 +19,9 @@ import msgspec
 
 from leyden.errors import ConfigurationError, RolloutError
 from leyden.interfaces import RolloutRecords, Session
+from leyden.looping import together
 from leyden.training.prompts import SEED_TASKS
-from leyden_plugins.algorithms.prompt.over import SearchOver, together
+from leyden_plugins.algorithms.prompt.over import SearchOver
 from leyden_plugins.algorithms.prompt.record import SEARCHES, Candidate, SearchRecord, note_of
 from leyden_plugins.algorithms.prompt.reflection import Message, Reflector
 from leyden_plugins.algorithms.prompt.showing import calls_of

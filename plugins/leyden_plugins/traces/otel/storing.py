@@ -16,8 +16,7 @@ from leyden.errors import ConfigurationError, RewardError
 from leyden.interfaces import RolloutRecords
 from leyden.spans import FINISHED, Rollout, RolloutState
 from leyden.sqlite import SQLiteStore
-
-STORE = "store.db"
+from leyden.training.runfolder import STORE
 
 
 async def open_store(folder: Path) -> SQLiteStore:
